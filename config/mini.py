@@ -1,0 +1,15 @@
+# Ten minutes on two cores: the whole study as a working whole, far too short to settle its question.
+scale = "mini"
+n_layer = 6
+n_head = 2
+n_embd = 128
+ffn_dim = 352
+block_size = 256
+vocab_size = 4096  # GPT-2's BPE cut after its first merges
+data_dir = "data/poetry"
+max_tokens = 1_228_800  # 600 steps
+batch_tokens = 2048
+eval_tokens = 32_768  # a val pass of a second
+probe_tokens = 4096
+log_interval = 100
+sv_interval = 500

@@ -1,0 +1,4 @@
+# Muon on hidden matrices, AdamW on the rest, no QK-Norm.
+arm = "muon"
+optimizer = "muon"
+qk_norm = False

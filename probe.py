@@ -1,0 +1,87 @@
+"""What the study measures on attention: participation ratio and spectra of the keys, attention entropy, logits.
+
+Definitions, with s the singular values of a matrix:
+  PR1 = (sum s)^2 / sum s^2        the plan's RankProbe
+  PR2 = (sum s^2)^2 / sum s^4      the usual participation ratio of covariance eigenvalues s^2
+Both are 1 for rank one and r for r equal singular values; neither changes under scaling or rotation.
+"""
+import torch
+
+from model import apply_rope
+
+
+def pr1(s):
+    """Participation ratio of singular values s (..., n) -> (...): (sum s)^2 / sum s^2. All zero gives nan."""
+    return s.sum(-1) ** 2 / (s ** 2).sum(-1)
+
+
+def pr2(s):
+    """Participation ratio of squared singular values s (..., n) -> (...): (sum s^2)^2 / sum s^4. All zero gives nan."""
+    return (s ** 2).sum(-1) ** 2 / (s ** 4).sum(-1)
+
+
+def singular_values(gram):
+    """Singular values (..., d), descending, float64, of matrices given by their Gram matrices X^T X (..., d, d) in
+    float64: exact to about 1e-8 of the largest one, and far cheaper than an SVD of thousands of rows."""
+    return torch.linalg.eigvalsh(gram.cpu()).clamp(min=0).sqrt().flip(-1)
+
+
+def gram(x):
+    """X^T X in float64 of x (..., rows, d)."""
+    x = x.double()
+    return x.mT @ x
+
+
+def weight_gram(attn):
+    """Gram matrices (n_head, head_dim, head_dim) of diag(gain) W_K, head by head: W_K with the QK gain folded in."""
+    w = attn.k_proj.weight.detach().double().view(attn.n_head, attn.head_dim, -1)
+    if hasattr(attn.k_norm, "weight"):
+        w = w * attn.k_norm.weight.detach().double()[:, None]
+    return w @ w.mT
+
+
+def attention_stats(q, k):
+    """Mean entropy in nats over heads and positions, and the largest scaled logit, of causal attention of q on k, both
+    (n_head, T, head_dim) float32. Uniform attention has entropy ln Gamma(T + 1) / T."""
+    T = q.shape[-2]
+    scores = (q @ k.mT) * q.shape[-1] ** -0.5
+    scores = scores.masked_fill(torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1), float("-inf"))
+    logp = scores.log_softmax(-1)
+    entropy = -(logp.exp() * logp.masked_fill(logp == float("-inf"), 0)).sum(-1).mean()
+    return entropy, scores.max()
+
+
+@torch.no_grad()
+def probe(model, idx):
+    """Probe a model on token ids idx (B, T), in float32, drawing no random number and changing no weight.
+
+    Returns (metrics, spectra). metrics: the log keys pr_layer_i, pr_centered_layer_i, pr_pre_rope_layer_i,
+    pr_weight_layer_i, attn_entropy_layer_i, max_logit_layer_i and mean_pr, as floats. spectra: {"sv_layer_i" and
+    "sv_weight_layer_i": numpy float32 (n_head, head_dim), descending}.
+    """
+    B, T = idx.shape
+    cos, sin = model.cos[:T], model.sin[:T]
+    grams, stats = [], []  # everything stays on the device until one copy at the end
+    with torch.autocast(idx.device.type, enabled=False):
+        x = model.wte(idx)
+        for block in model.h:
+            q, k, _ = block.attn.qkv(block.norm1(x))
+            q_rot, k_rot = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+            rows = [t.transpose(0, 1).flatten(1, 2) for t in (k_rot, k)]  # (n_head, B*T, head_dim)
+            centered = rows[0] - rows[0].mean(1, keepdim=True)
+            grams.append(torch.stack([gram(rows[0]), gram(centered), gram(rows[1]), weight_gram(block.attn)]))
+            # one sequence at a time: T^2 scores of a whole batch would not fit at 80m
+            entropy, logit = zip(*(attention_stats(q_rot[b], k_rot[b]) for b in range(B)))
+            stats.append(torch.stack([torch.stack(entropy).mean(), torch.stack(logit).max()]))
+            x = block(x, cos, sin)
+    s = singular_values(torch.stack(grams))  # (n_layer, 4, n_head, head_dim)
+    prs = torch.stack([pr1(s[:, 0]), pr2(s[:, 1]), pr1(s[:, 2]), pr2(s[:, 3])], dim=1).mean(-1)  # mean over heads
+    table = torch.cat([prs, torch.stack(stats).double().cpu()], dim=1)
+    names = ["pr", "pr_centered", "pr_pre_rope", "pr_weight", "attn_entropy", "max_logit"]
+    metrics = {f"{name}_layer_{i}": row[j].item() for j, name in enumerate(names) for i, row in enumerate(table)}
+    metrics["mean_pr"] = prs[:, 0].mean().item()
+    spectra = {}
+    for i in range(len(model.h)):
+        spectra[f"sv_layer_{i}"] = s[i, 0].float().numpy()
+        spectra[f"sv_weight_layer_{i}"] = s[i, 3].float().numpy()
+    return metrics, spectra
