@@ -40,9 +40,9 @@ data_dir = "data/fineweb_edu"  # a folder with train.bin, val_set.bin and meta.j
 eval_tokens = 0  # the first so many tokens of val_set.bin; 0: all of it
 probe_tokens = 8192  # val tokens whose keys are probed
 # model
-n_layer = 22
-n_head = 8
-n_embd = 512
+n_layer = 22  # blocks
+n_head = 8  # heads of n_embd / n_head = 64 dimensions: PR is out of 64 at every scale
+n_embd = 512  # width of the residual stream
 ffn_dim = 896  # SwiGLU's three matrices: 896 makes 79.1M parameters
 block_size = 2048  # ten HellaSwag shots need 1,000 to 1,400 tokens
 vocab_size = 50304  # GPT-2's 50,257 padded up to a multiple of 64
@@ -354,7 +354,7 @@ def main():
     bad = torch.full((), -1, device=device)  # first step whose loss or gradient was not finite or exploded
     train_loss = grad_norm = None
     start = last_save = time.time()
-    train_seconds, train_steps = 0.0, 0
+    train_seconds, train_steps, warmed_up, first_step = 0.0, 0, False, step
     interval, interval_step = 0.0, step
 
     while True:
@@ -446,8 +446,10 @@ def main():
             o.zero_grad(set_to_none=True)
         step += 1
         interval += time.perf_counter() - t0
-        train_seconds += time.perf_counter() - t0
-        train_steps += 1
+        if warmed_up:
+            train_seconds += time.perf_counter() - t0
+            train_steps += 1
+        warmed_up = warmed_up or step - first_step >= 2  # compilation happens in the first steps of a process
         bar.update(1)
 
     bar.close()
@@ -458,7 +460,7 @@ def main():
     say("---")
     for key, value in dict(
             arm=arm, seed=seed, learning_rate=f"{learning_rate:g}", num_params=model.num_params(), tokens=step * batch_tokens,
-            val_loss=f"{final['val_loss']:.6f}", mean_pr=f"{final['rows'][-1].get('mean_pr', math.nan):.4f}",
+            val_loss=f"{final['val_loss'] or math.nan:.6f}", mean_pr=f"{final['rows'][-1].get('mean_pr', math.nan):.4f}",
             train_seconds=f"{train_seconds:.1f}", total_seconds=f"{time.time() - start:.1f}", tokens_per_s=f"{speed:.0f}",
             mfu=f"{speed * flops / world / peak:.4f}" if peak else "unknown", peak_memory_mb=f"{memory / 2**20:.0f}",
             out_dir=out_dir).items() if master else ():
