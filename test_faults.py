@@ -294,8 +294,8 @@ def test_read_only_folder(tmp_path, data):  # noqa: F811
 
 
 # ---- several processes
-def torchrun(out, data_dir, n, *args, ok=True):
-    child = start(out, data_dir, *args, launcher=("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"))
+def torchrun(out, data_dir, n, *args, arm="muon_qk", ok=True):
+    child = start(out, data_dir, *args, arm=arm, launcher=("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"))
     stdout, stderr = child.communicate(timeout=200)
     assert (child.returncode == 0) == ok, stderr
     return stdout
