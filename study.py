@@ -43,7 +43,7 @@ SCALES = {
         "adamw_qk": [6e-4, 1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3],
         "muon": [2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2],
         "muon_qk": [2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2]}),
-    "mini": dict(sweep_tokens=163_840, grids={
+    "mini": dict(sweep_tokens=131_072, grids={
         "adamw": [5e-4, 1e-3, 2e-3, 4e-3, 8e-3],
         "adamw_qk": [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2],
         "muon": [4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2],

