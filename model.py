@@ -92,10 +92,14 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         q, k, v = self.qkv(x)
         q, k = apply_rope(q, cos, sin).to(v.dtype), apply_rope(k, cos, sin).to(v.dtype)
-        if mask is None and torch.compiler.is_compiling() and q.device.type == "cpu" and CPU_BLOCK < T <= 4 * CPU_BLOCK:
+        if mask is not None:  # the common context in causal order, then the endings as the mask says
+            n = T - mask.shape[-2]
+            y = torch.cat((F.scaled_dot_product_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n], is_causal=True),
+                           F.scaled_dot_product_attention(q[:, :, n:], k, v, attn_mask=mask)), dim=2)
+        elif torch.compiler.is_compiling() and q.device.type == "cpu" and CPU_BLOCK < T <= 4 * CPU_BLOCK:
             y = causal_blocks(q, k, v)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_dim))
 
 
@@ -150,11 +154,11 @@ class GPT(nn.Module):
         return self
 
     def hidden(self, idx, pos=None, mask=None):
-        """Final normed hidden states (B, T, n_embd) of token ids idx (B, T). pos (B, T) and a boolean mask
-        (B, 1, T, T), True where a query may look, replace the plain causal order: evaluate.py scores several endings
-        in one pass over their common context with them."""
+        """Final normed hidden states (B, T, n_embd) of token ids idx (B, T). pos (B, T) and a boolean mask (B, 1, S, T),
+        True where one of the last S queries may look, replace the plain causal order, which the first T - S keep:
+        evaluate.py scores several endings in one pass over their common context with them."""
         T = idx.shape[1]
-        if T > self.config.block_size:
+        if pos is None and T > self.config.block_size:
             raise ValueError(f"{T} tokens are longer than block_size {self.config.block_size}: cut the context")
         if pos is None:
             cos, sin = self.cos[:T], self.sin[:T]

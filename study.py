@@ -4,6 +4,9 @@
     python study.py list SCALE lr|main      the commands that a stage still needs, one a line, for any scheduler
     python study.py run SCALE lr|main       run them, JOBS at once, until none is left
     python study.py choose SCALE            pick the learning rates once the sweep is done
+    python study.py count SCALE lr|main     for slurm.sh: runs of a fresh study's stage
+    python study.py task SCALE lr|main I    for slurm.sh: the I-th of them
+    python study.py extend SCALE I          for slurm.sh: grow the I-th arm's grid until its winner is no edge
 """
 import hashlib
 import json
@@ -48,6 +51,8 @@ SCALES = {
         "adamw_qk": [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2],
         "muon": [4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2],
         "muon_qk": [4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2]}),
+    "ci": dict(sweep_tokens=10_240, grids={  # a minute, to see that every stage works; its numbers mean nothing
+        arm: [1e-3, 3e-3, 1e-2, 3e-2, 1e-1] for arm in ARMS}),
 }
 
 
@@ -174,12 +179,12 @@ def missing_lrs(scale, arm, study_dir):
     return [outer] if extensions < MAX_EXTENSIONS else []
 
 
-def stage_runs(scale, stage, study_dir):
+def stage_runs(scale, stage, study_dir, fixed=False):
     """[(run folder, arguments of train.py)] that a stage still has to run; arms take turns, so that the first jobs
-    compile different graphs and the others find them in the cache."""
+    compile different graphs and the others find them in the cache. fixed: the list of a fresh study, whatever has run."""
     study_dir, runs = Path(study_dir), []
     if stage == "lr":
-        missing = {arm: missing_lrs(scale, arm, study_dir) for arm in ARMS}
+        missing = SCALES[scale]["grids"] if fixed else {arm: missing_lrs(scale, arm, study_dir) for arm in ARMS}
         for i in range(max(map(len, missing.values()))):
             for arm in (a for a in ARMS if i < len(missing[a])):
                 lr = missing[arm][i]
@@ -197,8 +202,8 @@ def stage_runs(scale, stage, study_dir):
                     f"--max_tokens={scale_config(scale)['max_tokens'] // 3}"]))
     else:
         raise ValueError(f"stage {stage!r} has no runs: choose lr, main or transfer")
-    return [(d, [*args, f"--out_dir={os.path.relpath(d, ROOT)}"]) for d, args in runs
-            if not (d / "config.json").exists() or load_run(d)["status"] == "unfinished"]
+    return [(d, [*args, f"--out_dir={os.path.relpath(d, ROOT)}"]) for d, args in runs if fixed
+            or not (d / "config.json").exists() or load_run(d)["status"] == "unfinished"]
 
 
 def scale_config(scale, arm="adamw"):
@@ -380,7 +385,7 @@ def duration(seconds):
 
 def main(args):
     command, scale, *rest = [*args, "", ""][:max(2, len(args))]
-    if command not in ("plan", "list", "run", "choose") or not scale:
+    if command not in ("plan", "list", "run", "choose", "count", "task", "extend") or not scale:
         fail(f"usage: {__doc__.strip().splitlines()[2].strip()} (or list, run, choose)")
     if scale not in SCALES:
         fail(f"scale {scale!r} is not known: choose one of {', '.join(SCALES)}")
@@ -394,11 +399,21 @@ def main(args):
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... --list | head` ends quietly
             for folder, arguments in stage_runs(scale, *rest[:1] or [""], study_dir):
                 print(shlex.join([Path(sys.executable).name, "train.py", *arguments]))
+        elif command == "count":
+            print(len(stage_runs(scale, rest[0], study_dir, fixed=True)))
+        elif command == "task":
+            os.chdir(ROOT)
+            os.execv(sys.executable, [sys.executable, "train.py", *stage_runs(scale, rest[0], study_dir, fixed=True)[int(rest[1])][1]])
+        elif command == "extend":
+            arm = ARMS[int(rest[0])]
+            while missing := missing_lrs(scale, arm, study_dir):
+                for _, arguments in (r for r in stage_runs(scale, "lr", study_dir) if r[0].name == f"{arm}-lr{missing[0]:g}"):
+                    subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, check=True)
         elif rest[0] == "main" and not chosen(study_dir):
             raise ValueError(f"out/{scale}/chosen_lr.json is missing: run `bash sweep.sh {scale} lr` first")
         elif failed := run_stage(scale, *rest[:1] or [""], study_dir):
             fail(f"{len(failed)} runs failed: {', '.join(failed)}; their output.txt says why")
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, subprocess.CalledProcessError) as e:
         fail(e)
 
 

@@ -20,7 +20,7 @@ done
 if [[ -z $scale ]]; then
   if nvidia-smi -L >/dev/null 2>&1; then scale=80m; else scale=mini; fi
 fi
-[[ -f config/$scale.py && $scale =~ ^(mini|4m|80m)$ ]] || { echo "error: scale '$scale' is not known: choose mini, 4m or 80m" >&2; exit 1; }
+[[ -f config/$scale.py && $scale =~ ^(ci|mini|4m|80m)$ ]] || { echo "error: scale '$scale' is not known: choose mini, 4m or 80m" >&2; exit 1; }
 [[ ${#stages[@]} -gt 0 ]] || stages=(data lr main eval plot report)
 
 case " ${stages[*]} " in
