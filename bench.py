@@ -1,0 +1,181 @@
+"""What things cost on this machine, two sides in turns in one process, medians and ratios:
+
+    python bench.py muon             our batched step against torch.optim.Muon, at the shapes of mini, 4m and 80m
+    python bench.py train            tokens/s of mini and 4m: attention in blocks against scaled_dot_product_attention
+    python bench.py nanogpt DIR      the same against nanoGPT's model in DIR, a checkout of karpathy/nanoGPT
+    python bench.py looks            a probe and a val pass in training steps
+    python bench.py eval             HellaSwag 10-shot against lm-eval's stock hf model; needs requirements-dev.txt
+"""
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import study
+from model import GPT, GPTConfig
+from muon import Muon
+from probe import probe
+
+
+def bench_eval(dtype="float32", items=2, rounds=3):
+    """HellaSwag 10-shot at context 2048 on random weights of the 80m shape: items a second of our adapter and of lm-eval's stock
+    `hf` model on the exported checkpoint, taken in turns in one process, and the ratio. Needs requirements-dev.txt."""
+    from lm_eval.models.huggingface import HFLM
+
+    import evaluate
+    import export
+    rng = random.Random(0)
+    encoding = evaluate.get_encoding("gpt2")
+    words = [w for w in map(encoding.decode, ([i] for i in range(256, 6000))) if w.startswith(" ") and w[1:].isalpha()]
+
+    def text(low, high):
+        return "".join(rng.choices(words, k=rng.randint(low, high)))[1:]
+
+    # lengths as in HellaSwag: ten shots come to 1,000 to 1,400 tokens
+    rows = [dict(activity_label=text(1, 3), ctx_a=text(40, 100) + ".", ctx_b=text(1, 4), endings=[text(5, 35) for _ in range(4)],
+                 label="0") for _ in range(40 + items * rounds)]
+    task = evaluate.build_task("hellaswag", {"train": rows[:40], "validation": rows[40:]})
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = GPTConfig()
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / "ckpt_step_1.pt"
+        torch.save(dict(model=GPT(config).init_weights(torch.Generator().manual_seed(0)).state_dict(), step=1, tokens=1,
+                        config=dict(vars(config), data=dict(tokenizer="gpt2"))), checkpoint)
+        export.export(checkpoint, Path(folder) / "hf")
+        hf = HFLM(pretrained=str(Path(folder) / "hf"), device=device, dtype=dtype, batch_size=1 if device == "cpu" else 16)
+        ours = evaluate.adapter(encoding, config.block_size)
+        ours.model, ours.dtype = evaluate.load_checkpoint(checkpoint, device)[0], dtype
+    seconds, worst = {"ours": [], "hf": []}, 0.0
+    for r in range(rounds):
+        requests = task.instances[r * items * 4:(r + 1) * items * 4]
+        scores = {}
+        for name, lm in (("ours", ours), ("hf", hf)):
+            start = time.perf_counter()
+            scores[name] = lm.loglikelihood(requests, disable_tqdm=True)
+            seconds[name].append((time.perf_counter() - start) / items)
+        worst = max(worst, *(abs(a[0] - b[0]) for a, b in zip(scores["ours"], scores["hf"])))
+    lengths = [len(encoding.encode(request.args[0])) for request in task.instances[::4]]
+    per = {name: statistics.median(s) for name, s in seconds.items()}
+    for key, value in dict(
+            device=device, dtype=dtype, items=items * rounds, prompt_tokens=f"{min(lengths)} to {max(lengths)}",
+            ours_s_per_item=f"{per['ours']:.3f}", hf_s_per_item=f"{per['hf']:.3f}", largest_difference_nats=f"{worst:.2e}",
+            ratio=f"{per['hf'] / per['ours']:.2f}", ratio_by_round=" ".join(f"{h / o:.2f}" for h, o in zip(seconds["hf"], seconds["ours"])),
+            ).items():
+        print(f"eval_{key + ':':<26}{value}")
+
+
+def in_turns(sides, rounds):
+    """{name: [seconds a round]} of {name: function}, the sides in turns after one warm-up each: drift hits both alike."""
+    seconds = {name: [] for name in sides}
+    for r in range(rounds + 1):
+        for name, side in sides.items():
+            start = time.perf_counter()
+            side()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if r:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def show(label, seconds, ours, other, per=1.0, unit="s"):
+    """One line: both medians, their ratio other / ours, and the ratio's spread round by round."""
+    ratios = sorted(o / u for u, o in zip(seconds[ours], seconds[other]))
+    a, b = (per / statistics.median(seconds[n]) if per != 1.0 else statistics.median(seconds[n]) for n in (ours, other))
+    print(f"{label:<28} {ours} {a:,.4g} {unit}, {other} {b:,.4g} {unit}, ratio {statistics.median(ratios):.2f} "
+          f"({ratios[0]:.2f} to {ratios[-1]:.2f})", flush=True)
+
+
+def gpt_config(scale, **changes):
+    c = study.scale_config(scale)
+    return GPTConfig(**{**{k: c[k] for k in GPTConfig.__dataclass_fields__}, **changes})
+
+
+def bench_muon(rounds=7):
+    """Seconds of an optimizer step on a model's hidden matrices, same gradients."""
+    for scale in ("mini", "4m", "80m"):
+        sides = {}
+        for name, optimizer in (("ours", lambda p: Muon(p, lr=1e-3)),
+                                ("torch.optim.Muon", lambda p: torch.optim.Muon(p, lr=1e-3, adjust_lr_fn="match_rms_adamw"))):
+            params = [p for p in GPT(gpt_config(scale)).h.parameters() if p.ndim == 2]
+            for p in params:
+                p.grad = torch.randn_like(p)
+            sides[name] = optimizer(params).step
+        show(f"muon step, {scale}", in_turns(sides, rounds if scale != "80m" else 3), "ours", "torch.optim.Muon")
+
+
+def train_step(model, c, micro):
+    """A function that does one bfloat16 training step on random tokens, AdamW, compiled as in train.py."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = model.to(device)
+    forward = torch.compile(model, dynamic=False)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    block = torch.randint(0, c.vocab_size, (micro, c.block_size + 1), device=device)
+
+    def step():
+        with torch.autocast(device, dtype=torch.bfloat16):
+            loss = forward(block[:, :-1].contiguous(), block[:, 1:].contiguous())
+        loss = loss[1] if isinstance(loss, tuple) else loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def bench_train(rounds=9):
+    """Tokens/s of a step with causal_blocks and with scaled_dot_product_attention."""
+    import model
+    blocks = model.CPU_BLOCK
+    for scale, micro in (("mini", 8), ("4m", 8)):
+        c = gpt_config(scale)
+
+        def side(block):
+            step = train_step(GPT(c).init_weights(torch.Generator().manual_seed(0)), c, micro)
+
+            def run():
+                model.CPU_BLOCK = block
+                step()
+            return run
+        seconds = in_turns({"blocks": side(blocks), "sdpa": side(10**6)}, rounds)
+        show(f"train {scale}", seconds, "blocks", "sdpa", micro * c.block_size, "tokens/s")
+    model.CPU_BLOCK = blocks
+
+
+def bench_nanogpt(folder, rounds=9):
+    """Tokens/s of a step against nanoGPT's model at the same layers, width, heads, vocabulary, context, batch and dtype; its MLP
+    has 4 * width, so ours is also run with the ffn_dim that has as many weights (8 / 3 * width)."""
+    import importlib.util
+    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(folder) / "model.py")
+    nanogpt = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(nanogpt)
+    for scale, micro, layers in (("mini", 8, 6), ("4m", 8, 8), ("80m", 1, 4)):
+        c = gpt_config(scale, n_layer=layers)
+        same = gpt_config(scale, n_layer=layers, ffn_dim=round(8 / 3 * c.n_embd / 8) * 8)
+        theirs = nanogpt.GPT(nanogpt.GPTConfig(block_size=c.block_size, vocab_size=c.vocab_size, n_layer=layers, n_head=c.n_head,
+                                               n_embd=c.n_embd, dropout=0.0, bias=False))
+        sides = {"ours": train_step(GPT(same), same, micro), "nanoGPT": train_step(theirs, c, micro)}
+        seconds = in_turns(sides, rounds if scale != "80m" else 3)
+        show(f"{scale}, {layers} layers, compiled", seconds, "ours", "nanoGPT", micro * c.block_size, "tokens/s")
+
+
+def bench_looks(rounds=3):
+    """A probe and a val pass at mini and 4m in steps of training, and as a share of training at the scale's cadence."""
+    for scale, micro in (("mini", 8), ("4m", 8)):
+        config, c = study.scale_config(scale), gpt_config(scale)
+        model = GPT(c).init_weights(torch.Generator().manual_seed(0))
+        step, idx = train_step(model, c, micro), torch.randint(0, c.vocab_size, (config["probe_tokens"] // c.block_size, c.block_size))
+        seconds = {k: statistics.median(v) for k, v in in_turns({"step": step, "probe": lambda: probe(model, idx)}, rounds).items()}
+        interval = config["log_interval"] * config["batch_tokens"] / (micro * c.block_size)
+        print(f"probe {scale}: {seconds['probe']:.2f} s, {seconds['probe'] / seconds['step'] / interval:.1%} of the training between two looks")
+
+
+if __name__ == "__main__":
+    benches = {name.removeprefix("bench_"): f for name, f in list(globals().items()) if name.startswith("bench_")}
+    if len(sys.argv) < 2 or sys.argv[1] not in benches:
+        sys.exit(f"error: usage: python bench.py {'|'.join(benches)}")
+    benches[sys.argv[1]](*sys.argv[2:])

@@ -1,0 +1,165 @@
+"""How a checkpoint scores text: val loss block by block, log-likelihoods of given continuations, and lm-eval's view of it."""
+import functools
+import itertools
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+PASS_TOKENS = {"cuda": 65_536, "cpu": 2048}  # of one pass: fills a GPU, stays near a CPU's cache
+HEAD_ROWS = 1024  # positions whose logits exist at once: 200 MB in float32 at 50,304 ids
+
+
+def autocast(device, dtype):
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+@torch.no_grad()
+def val_losses(model, tokens, dtype):
+    """Nats summed over each block of block_size targets, and how many they are, both float64 (n_blocks,): every token of
+    `tokens` (n,) is predicted once, in order, with the block before it unseen, as train.py's val loss does."""
+    device, size = model.wte.weight.device, model.config.block_size
+    starts = np.arange(0, len(tokens) - 1, size)
+    nats, counts = np.zeros(len(starts)), np.minimum(size, len(tokens) - 1 - starts).astype(float)
+    batch = max(1, min(PASS_TOKENS[device.type], 16_384) // size)  # all their logits exist at once
+    for b in tqdm(range(0, len(starts), batch), desc="val", disable=None, leave=False):
+        rows = [torch.from_numpy(tokens[s:s + size + 1].astype(np.int64)) for s in starts[b:b + batch]]
+        x = pad_sequence([r[:-1] for r in rows], batch_first=True).to(device)
+        y = pad_sequence([r[1:] for r in rows], batch_first=True, padding_value=-1).to(device)
+        with autocast(device, dtype):
+            loss = model.loss(model.hidden(x), y, reduction="none")
+        nats[b:b + batch] = loss.double().sum(-1).cpu()
+    return nats, counts
+
+
+def cut(context, target, block_size):
+    """The tokens of a context (list) that a pass of block_size sees when it scores `target`: cut on the left where both do not fit,
+    as lm-eval's hf model does. ValueError where not even the target fits."""
+    if not 0 < len(target) <= block_size:
+        raise ValueError(f"a text to score has {len(target)} tokens, and block_size is {block_size}: take the row out")
+    return (context + target)[-(block_size + 1):][:-len(target)]
+
+
+def share(pairs, block_size):
+    """Groups (cut context, [(index, target), ...]) of consecutive (context, target) pairs: a group has one context and its targets
+    fit behind it in one pass of at most block_size tokens."""
+    groups, length = [], 0
+    for i, (context, target) in enumerate(pairs):
+        context = cut(context, target, block_size)
+        if groups and groups[-1][0] == context and length + len(target) - 1 <= block_size:
+            groups[-1][1].append((i, target))
+            length += len(target) - 1
+        else:
+            groups.append((context, [(i, target)]))
+            length = len(context) + len(target) - 1
+    return groups
+
+
+def batches(groups, limit):
+    """Lists of groups that fill passes of at most `limit` tokens, padding included: alike lengths together, the longest first."""
+    lengths = lambda group: (len(group[0]), sum(len(target) - 1 for _, target in group[1]))
+    batch, widest = [], (0, 0)
+    for group in sorted(groups, key=lengths, reverse=True):
+        wider = tuple(map(max, widest, lengths(group)))
+        if batch and (len(batch) + 1) * sum(wider) > limit:
+            yield batch
+            batch, wider = [], lengths(group)
+        batch.append(group)
+        widest = wider
+    if batch:
+        yield batch
+
+
+def pack(groups, device):
+    """One pass over groups: idx and pos (B, T), mask (B, 1, S, T) of the last S tokens, and flat rows (n,) of the hidden states
+    that predict the targets, in order. The contexts end by column T - S, padded on the right, and the targets follow, each with
+    the positions right behind its own context. pos and mask are None where every group has one target: plain causal order does.
+    """
+    single = all(len(targets) == 1 for _, targets in groups)
+    bodies = [context + targets[0][1][:-1] if single else context for context, targets in groups]
+    C = max(map(len, bodies))
+    S = 0 if single else max(sum(len(target) - 1 for _, target in targets) for _, targets in groups)
+    idx, owner, rows = np.zeros((len(groups), C + S), dtype=np.int64), np.full((len(groups), S), -1), []
+    pos = np.tile(np.r_[:C, [0] * S].astype(np.int64), (len(groups), 1))
+    for b, (body, (context, targets)) in enumerate(zip(bodies, groups)):
+        idx[b, :len(body)] = body
+        last, at = b * (C + S) + len(context) - 1, C  # the context's last token predicts each target's first
+        for j, (_, target) in enumerate(targets):
+            if single:
+                rows += range(last, last + len(target))
+            else:
+                end = at + len(target) - 1  # a target's own last token predicts nothing
+                rows += [last, *range(b * (C + S) + at, b * (C + S) + end)]
+                idx[b, at:end], pos[b, at:end], owner[b, at - C:end - C] = target[:-1], np.arange(end - at) + len(context), j
+                at = end
+    idx, pos, owner, rows = (torch.from_numpy(np.asarray(a)).to(device) for a in (idx, pos, owner, rows))
+    if S == 0:
+        return idx, None, None, rows
+    lengths = torch.tensor([len(body) for body in bodies], device=device)
+    of_context = (torch.arange(C, device=device) < lengths[:, None])[:, None].expand(-1, S, -1)
+    of_target = (owner[:, :, None] == owner[:, None, :]).tril()
+    return idx, pos, torch.cat((of_context, of_target), dim=-1)[:, None], rows
+
+
+@torch.no_grad()
+def score(model, pairs, dtype, desc=None):
+    """[(log-likelihood in nats, whether greedy decoding gives the target)] of [(context, target)], both lists of token ids.
+
+    Consecutive pairs with the same context share one pass over it, and the head runs only where something is scored.
+    """
+    device, results = model.wte.weight.device, [None] * len(pairs)
+    with tqdm(total=len(pairs), desc=desc, unit="text", disable=None, leave=False) as bar:
+        for batch in batches(share(pairs, model.config.block_size), PASS_TOKENS[device.type]):
+            idx, pos, mask, rows = pack(batch, device)
+            scored = [target for _, targets in batch for target in targets]
+            wanted = torch.tensor([token for _, target in scored for token in target], device=device)
+            with autocast(device, dtype):
+                hidden = model.hidden(idx, pos, mask).flatten(0, 1)[rows]
+                logps, greedy = [], []
+                for h, w in zip(hidden.split(HEAD_ROWS), wanted.split(HEAD_ROWS)):
+                    logits = model.logits(h)
+                    logps.append(logits.gather(-1, w[:, None])[:, 0] - logits.logsumexp(-1))
+                    greedy.append(logits.argmax(-1) == w)
+            sizes = [len(target) for _, target in scored]
+            for (i, _), lp, g in zip(scored, torch.cat(logps).double().cpu().split(sizes), torch.cat(greedy).cpu().split(sizes)):
+                results[i] = lp.sum().item(), bool(g.all())
+            bar.update(len(scored))
+    return results
+
+
+def adapter(encoding, block_size):
+    """lm-eval's view of a checkpoint: a TemplateLM whose `model` and `dtype` are set from outside, so that one adapter, with all
+    texts tokenised once, serves every checkpoint of a tokenizer. After a call `cut` tells which requests lost context."""
+    from lm_eval import utils  # here, because lm_eval takes seconds to import
+    from lm_eval.api.model import TemplateLM
+
+    class Adapter(TemplateLM):
+        eot_token_id = encoding.eot_token
+        max_length = block_size
+        model = dtype = desc = None
+
+        @functools.lru_cache(maxsize=4)  # the endings of an item repeat its long context
+        def tok_encode(self, string, add_special_tokens=None, **kwargs):
+            return encoding.encode_ordinary(string)
+
+        @functools.cache
+        def _encode_pair(self, context, continuation):
+            return super()._encode_pair(context, continuation)
+
+        def _loglikelihood_tokens(self, requests, **kwargs):
+            pairs = [(context, target) for _, context, target in requests]
+            self.cut = [len(context) + len(target) > block_size + 1 for context, target in pairs]
+            return score(self.model, pairs, self.dtype, self.desc)
+
+        def loglikelihood_rolling(self, requests, disable_tqdm=False):
+            windows = [[utils.make_disjoint_window(w) for w in utils.get_rolling_token_windows(
+                self.tok_encode(request.args[0]), self.prefix_token_id, block_size, 1)] for request in requests]
+            scores = iter(score(self.model, list(itertools.chain(*windows)), self.dtype, self.desc))
+            self.cut = [False] * len(requests)
+            return [sum(next(scores)[0] for _ in w) for w in windows]
+
+        def generate_until(self, requests, disable_tqdm=False):
+            raise NotImplementedError("the study's tasks only score given texts")
+
+    return Adapter()
