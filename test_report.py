@@ -238,9 +238,9 @@ def test_a_lead_under_the_margin_is_a_tie(tmp_path):
     assert S["verdict"][2]["loss", "best"]["claimed"] and S["verdict"][0] == "B"
 
 
-@pytest.mark.parametrize("logit, borne_out", [(14.0, True), (35.0, False), (150.0, False)])
-def test_scenario_a_speaks_of_logits_only_where_they_bear_it_out(logit, borne_out, tmp_path):
-    arms = {**STUDIES["A"], M: dict(STUDIES["A"][M], max_logit=logit)}  # adamw: 30
+@pytest.mark.parametrize("muon, adamw, borne_out", [(14.0, 30.0, True), (35.0, 30.0, False), (150.0, 200.0, False)])
+def test_scenario_a_speaks_of_logits_only_where_they_bear_it_out(muon, adamw, borne_out, tmp_path):
+    arms = {**STUDIES["A"], A: dict(FLAT[A], max_logit=adamw), M: dict(STUDIES["A"][M], max_logit=muon)}
     S = report.load(make(tmp_path / "mini", arms=arms))
     assert S["verdict"][0] == "A" and ("logit control" in S["title"]) == borne_out
 
@@ -519,6 +519,14 @@ def test_numbers_rounded_from_the_results_pass(text, whole, tmp_path, capsys):
     path = edited(whole, tmp_path, lambda t: t.replace("## 7. Discussion\n",
                                                        f"## 7. Discussion\n\n{text.format(loss, 0.2656)}\n"))
     assert review.check(path, report.load(path.parent)) == 0, capsys.readouterr().out
+
+
+def test_a_number_from_the_middle_of_a_log_needs_four_digits(whole, tmp_path):
+    path = edited(whole, tmp_path, lambda t: t.replace("## 7. Discussion", "First 77.77, then 77.8.\n\n## 7. Discussion"))
+    log = path.parent / "muon-seed42/log.jsonl"
+    first, rest = log.read_text().split("\n", 1)
+    log.write_text(json.dumps(json.loads(first) | dict(grad_norm=77.77)) + "\n" + rest)
+    assert [number for _, number in review.unsupported(path.read_text(), report.load(path.parent))] == ["77.8"]
 
 
 def test_the_review_fails_where_a_learning_rate_was_not_the_tuned_one(whole, tmp_path, capsys):
