@@ -93,7 +93,7 @@ def final_checkpoints(study_dir):
 def read_rows(path, fields):
     """Rows of a .jsonl file, reduced to `fields` {name: type}. ValueError names file and line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n") if path.exists() and path.stat().st_size else []
     except (OSError, UnicodeDecodeError) as e:
         raise ValueError(f"{path} cannot be read: {e}") from None
     rows = []

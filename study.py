@@ -313,7 +313,7 @@ def measure(scale):
             meta |= {f"{split}_tokens": len(tokens), f"{split}_sha256": hashlib.sha256(tokens.tobytes()).hexdigest()}
         (Path(folder) / "meta.json").write_text(json.dumps(meta))
         gpu = bool(gpus())
-        batch = c["batch_tokens"] if gpu else min(c["batch_tokens"], 8 * c["block_size"])
+        batch = c["batch_tokens"] if gpu else max(c["block_size"], 2048)
         env = dict(os.environ) if gpu else dict(os.environ, OMP_NUM_THREADS="1")
         start = time.time()
         out = subprocess.run(

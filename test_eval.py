@@ -1,0 +1,501 @@
+"""The tests of evaluation and export: against a plain forward pass, against lm-eval's stock `hf` model and transformers, against
+wrong input. LAMBADA's real rows are used where ../shared/data has them; rows of HellaSwag's shape are made here."""
+import hashlib
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import evaluate
+import scoring
+from model import GPT, GPTConfig
+
+torch.set_num_threads(1)  # the models are tiny, and pytest runs on all cores
+ROOT = Path(__file__).resolve().parent
+LAMBADA = ROOT.parent / "shared" / "data" / "lambada_test.jsonl"
+EOT = 4095
+WORDS = ("the a of in to and he she they it was is had has with for on at by sea wind night day heart love stone light old young "
+         "went came said saw took gave made found held kept kitchen garden café letter soldier captain horse bread water dancing").split()
+
+
+def text(rng, low, high):
+    return " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
+
+
+def hellaswag_rows(n, seed, longest=12):
+    rng = random.Random(seed)
+    return [dict(activity_label=text(rng, 1, 2), ctx_a=text(rng, 3, longest) + ".", ctx_b=text(rng, 0, 2), label=rng.randrange(4),
+                 endings=[text(rng, 1, 9) + rng.choice([".", " [title] and  more", ""]) for _ in range(4)]) for _ in range(n)]
+
+
+def lambada_rows(n):
+    if LAMBADA.exists():
+        return [json.loads(row) for row in LAMBADA.read_text().splitlines()[:n]]
+    rng = random.Random(5)
+    return [dict(text=text(rng, 20, 90)) for _ in range(n)]
+
+
+def write_rows(folder, **files):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, rows in files.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def tiny_model(qk_norm, block_size=64, seed=0, vocab_size=4160):
+    """Weights far from their init, gains far from one, and a vocabulary padded by 64 rows: what is wrong anywhere shows."""
+    generator = torch.Generator().manual_seed(seed)
+    model = GPT(GPTConfig(block_size, vocab_size, 2, 2, 64, 96, qk_norm)).init_weights(generator).requires_grad_(False)
+    for name, p in model.named_parameters():
+        p.copy_(p * 4 if p.ndim == 2 else torch.rand(p.shape, generator=generator) + 0.5)
+    return model
+
+
+def write_data(folder, encoding):
+    """A data folder of 50 documents of val text."""
+    rng = random.Random(1)
+    documents = [text(rng, 5, 40) + " é" for _ in range(50)]
+    tokens = np.concatenate([encoding.encode_ordinary(d) + [EOT] for d in documents]).astype("<u2")
+    folder.mkdir(parents=True)
+    tokens.tofile(folder / "val_set.bin")
+    size, sha = len(tokens), hashlib.sha256(tokens.tobytes()).hexdigest()
+    meta = dict(tokenizer="gpt2-4096", vocab_size=4096, eot=EOT, train_tokens=size, val_tokens=size, train_sha256=sha, val_sha256=sha,
+                val_bytes=sum(len(d.encode()) for d in documents), settings={}, command="none")
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return tokens, documents, meta
+
+
+def write_run(folder, model, meta, data_dir, status="finished", **more):
+    folder.mkdir(parents=True)
+    config = dict(vars(model.config), arm="muon_qk" if model.config.qk_norm else "muon", seed=int(folder.name.split("seed")[1]),
+                  learning_rate=0.01, dtype="float32", eval_tokens=0, data_dir=str(data_dir), data=meta, **more)
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "log.jsonl").write_text(f'{{"step": 7, "val_loss": 8.0}}\n{{"event": "{status}"}}\n')
+    for step in (5, 7, 10) if status == "finished" else ():  # 10: not of this log
+        torch.save(dict(model=model.state_dict(), config=config, step=step, tokens=step * 64, optimizers=[]), folder / f"ckpt_step_{step}.pt")
+    return folder / "ckpt_step_7.pt"
+
+
+def call(monkeypatch, *args):
+    """evaluate.py's main in this process."""
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, args)])
+    evaluate.main()
+
+
+@pytest.fixture(scope="module")
+def encoding():
+    return evaluate.get_encoding("gpt2-4096")
+
+
+@pytest.fixture()
+def study(tmp_path, encoding):
+    """A study folder with two finished runs, one that diverged and one that is not finished."""
+    tokens, documents, meta = write_data(tmp_path / "data", encoding)
+    for name, status, qk_norm in (("muon-seed42", "finished", False), ("muon_qk-seed137", "finished", True),
+                                  ("muon_qk-seed42", "diverged", True), ("muon-seed137", "unfinished", False)):
+        write_run(tmp_path / "out" / name, tiny_model(qk_norm), meta, tmp_path / "data", status)
+    return types.SimpleNamespace(dir=tmp_path / "out", tokens=tokens, documents=documents, meta=meta, data=tmp_path / "data",
+                                 ckpt=tmp_path / "out" / "muon-seed42" / "ckpt_step_7.pt", tmp=tmp_path)
+
+
+# ---- scoring ----
+
+def plain_scores(model, pairs):
+    """Each pair alone, in one plain causal pass, with lm-eval's cut."""
+    scores = []
+    for context, target in pairs:
+        whole = (context + target)[-(model.config.block_size + 1):]
+        logp = model(torch.tensor([whole[:-1]]))[0, -len(target):].double().log_softmax(-1)
+        picked = logp.gather(-1, torch.tensor(target)[:, None])[:, 0]
+        scores.append((picked.sum().item(), bool((logp.argmax(-1) == torch.tensor(target)).all())))
+    return scores
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("pass_tokens", [1, 100, 5000])
+def test_shared_passes_equal_plain_ones(qk_norm, pass_tokens, monkeypatch):
+    monkeypatch.setitem(scoring.PASS_TOKENS, "cpu", pass_tokens)
+    model, rng = tiny_model(qk_norm), random.Random(0)
+    ids = lambda n: [rng.randrange(4096) for _ in range(n)]
+    pairs = []
+    for length in (1, 3, 20, 20, 50, 62, 63, 64, 65, 120):  # block_size is 64: the last ones are cut, or not, by their target
+        context = ids(length)
+        pairs += [(context, ids(n)) for n in (1, 5, 5, 2)] + [(ids(length), ids(rng.randint(1, 64)))]
+    pairs += [(pairs[0][0], pairs[0][1])] * 2 + [([7], ids(1))] * 30  # the same context, more often than fits a pass
+    for context in (ids(10), ids(70)):  # greedy continuations, and one with another last token
+        new = []
+        for _ in range(3):
+            new.append(model(torch.tensor([(context + new)[-64:]]))[0, -1].argmax().item())
+        pairs += [(context, new[:1]), (context, new), (context, [*new[:-1], (new[-1] + 1) % 4096])]
+    ours, plain = scoring.score(model, pairs, "float32"), plain_scores(model, pairs)
+    assert max(abs(a - b) for (a, _), (b, _) in zip(ours, plain)) < 2e-4
+    assert [g for _, g in ours] == [g for _, g in plain] and 2 <= sum(g for _, g in ours) < 10
+
+
+def test_endings_of_an_item_share_one_pass():
+    context = list(range(30))
+    groups = scoring.share([(context, [1, 2, 3]), (context, [4]), (context[:-1], [1, 2]), (context, [5])], 64)
+    assert [len(targets) for _, targets in groups] == [2, 1, 1]
+    idx, pos, mask, rows = scoring.pack(groups[:2], torch.device("cpu"))
+    assert idx.shape == (2, 32) and mask.shape == (2, 1, 2, 32) and len(rows) == 6
+    assert sum(idx.shape) < 64  # four endings apart would take 30 tokens each
+    passed = sum(scoring.pack(b, torch.device("cpu"))[0].numel() for b in scoring.batches(
+        scoring.share([(context, [i] * 5) for i in range(4)], 64), 2048))
+    assert passed == 30 + 4 * 4
+
+
+def test_a_target_longer_than_the_context_is_refused():
+    with pytest.raises(ValueError, match="has 65 tokens, and block_size is 64"):
+        scoring.score(tiny_model(False), [([1], [2] * 65)], "float32")
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.02)])
+def test_val_losses_predict_every_token_once(study, encoding, dtype, tolerance):
+    model, tokens = tiny_model(False), study.tokens
+    assert (len(tokens) - 1) % 64  # the last block is a part
+    expected, n = [], 0
+    for start in range(0, len(tokens) - 1, 64):
+        block = torch.from_numpy(tokens[start:start + 65].astype(np.int64))
+        logp = model(block[None, :-1])[0].double().log_softmax(-1)
+        expected.append(-logp.gather(-1, block[1:, None]).sum().item())
+        n += len(block) - 1
+    nats, counts = scoring.val_losses(model, tokens, dtype)
+    assert counts.sum() == n == len(tokens) - 1 and counts[0] == 64
+    assert np.abs(nats / counts - np.array(expected) / counts).max() < tolerance
+    results, rows = evaluate.run_val(model, dict(data_dir=str(study.data), vocab_size=4160, eval_tokens=0), encoding, dtype)
+    assert results["val_loss"] == pytest.approx(sum(expected) / n, abs=tolerance)
+    assert results["val_ppl"] == pytest.approx(math.exp(results["val_loss"])) and results["val_tokens"] == n
+    # meta.json counts the bytes of all text; the very first token is predicted by nothing
+    text_bytes = study.meta["val_bytes"] - len(encoding.decode_single_token_bytes(tokens[0]))
+    assert results["val_bits_per_byte"] == pytest.approx(nats.sum() / math.log(2) / text_bytes)
+    assert sum(row["nats"] for row in rows) == pytest.approx(nats.sum())
+    spread = (nats / counts).std() / len(nats) ** 0.5
+    assert spread / 1.5 < results["val_loss_stderr_bootstrap"] < spread * 1.5
+    part, _ = evaluate.run_val(model, dict(data_dir=str(study.data), vocab_size=4160, eval_tokens=100), encoding, dtype)
+    assert part["val_tokens"] == 100 and part["val_loss"] != results["val_loss"]
+
+
+# ---- export, against transformers ----
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_exported_logits_are_ours(qk_norm, study, tmp_path):
+    pytest.importorskip("transformers", reason="requirements-dev.txt is not installed")
+    from transformers import AutoModelForCausalLM
+
+    import export
+    checkpoint = study.dir / ("muon_qk-seed137" if qk_norm else "muon-seed42") / "ckpt_step_7.pt"
+    export.export(checkpoint, tmp_path / "hf")
+    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32, attn_implementation="sdpa",
+                                                        output_loading_info=True)
+    assert type(theirs).__name__ == ("Qwen3ForCausalLM" if qk_norm else "LlamaForCausalLM")
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    c = theirs.config
+    assert (c.tie_word_embeddings, c.hidden_act, c.rms_norm_eps, c.num_key_value_heads, c.head_dim, c.attention_bias,
+            c.max_position_embeddings, c.vocab_size, c.bos_token_id, c.eos_token_id) == (
+        True, "silu", 1e-6, 2, 32, False, 64, 4160, EOT, EOT) and not getattr(c, "mlp_bias", False)
+    assert c.rope_parameters["rope_theta"] == 10_000 and c.rope_parameters["rope_type"] == "default"
+    idx = torch.randint(4096, (3, 64), generator=torch.Generator().manual_seed(1))
+    ours = evaluate.load_checkpoint(checkpoint)[0]
+    with torch.no_grad():
+        difference = (theirs(idx).logits - ours(idx)).abs().max().item()
+    assert difference == 0 and ours(idx).std() > 0.5
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-4096"])
+def test_exported_tokenizer_gives_the_same_ids(name, tmp_path):
+    pytest.importorskip("transformers", reason="requirements-dev.txt is not installed")
+    from transformers import AutoTokenizer
+
+    import export
+    encoding = evaluate.get_encoding(name)
+    model = GPT(GPTConfig(16, 50304 if name == "gpt2" else 4096, 1, 1, 8, 8)).init_weights(torch.Generator())
+    torch.save(dict(model=model.state_dict(), step=1, tokens=1, config=dict(vars(model.config), data=dict(tokenizer=name))), tmp_path / "c.pt")
+    export.export(tmp_path / "c.pt", tmp_path / "hf")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    rng = random.Random(0)
+    letters = [*map(chr, range(32, 127)), *"  \n\n\téßñ…—“”日本語🙂'"]
+    texts = [row["text"] for row in lambada_rows(300)] + ["", " ", "  a  b ", "I've don't 1234567 o'clock", "\r\n x\u00a0y"]
+    texts += ["".join(rng.choices(letters, k=rng.randint(1, 80))) for _ in range(300)]
+    for t in texts:
+        ids = encoding.encode_ordinary(t)
+        assert theirs.encode(t) == ids and theirs.decode(ids) == t, t
+    assert theirs.bos_token_id == theirs.eos_token_id == encoding.eot_token and len(theirs) == encoding.n_vocab
+    assert theirs.encode("a<|endoftext|>")[-1] == encoding.eot_token
+
+
+def test_export_refuses_and_leaves_nothing_half(study, monkeypatch):
+    import export
+    (study.tmp / "there").mkdir()
+    with pytest.raises(ValueError, match="there already"):
+        export.export(study.ckpt, study.tmp / "there")
+    monkeypatch.setattr(export, "save", lambda *args, **more: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        export.export(study.ckpt, study.tmp / "hf")
+    assert not list(study.tmp.glob("hf*"))
+
+
+# ---- tasks, against lm-eval's stock hf model ----
+
+@pytest.mark.parametrize("qk_norm, block_size", [(False, 64), (True, 640)])
+def test_adapter_equals_stock_hf_model(qk_norm, block_size, tmp_path, encoding, monkeypatch):
+    for module in ("transformers", "accelerate"):
+        pytest.importorskip(module, reason="requirements-dev.txt is not installed")
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    import export
+    model, meta = tiny_model(qk_norm, block_size), dict(tokenizer="gpt2-4096")
+    export.export(write_run(tmp_path / "run-seed1", model, meta, tmp_path), tmp_path / "hf")
+    hf = HFLM(pretrained=str(tmp_path / "hf"), device="cpu", dtype="float32", batch_size=4)
+    ours = evaluate.adapter(encoding, block_size)
+    ours.model, ours.dtype = model, "float32"
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # seconds of looking at the machine
+    rows = {"hellaswag": dict(train=hellaswag_rows(15, 1), validation=hellaswag_rows(20, 2)), "lambada": dict(test=lambada_rows(40)),
+            "wikitext": dict(test=[dict(page=f" = A page = \n\n {r['text']} \n") for r in lambada_rows(12)])}
+    for name, splits in rows.items():
+        for split in splits.values():
+            for row in split:
+                row |= {"label": str(row["label"])} if "label" in row else {}
+        task = evaluate.build_task(name, splits)
+        results, documents = evaluate.run_task(name, task, ours)
+        # a built task belongs to its prompts: the stock model gets one of its own, as lm-eval's command line would build it
+        theirs = lm_eval.simple_evaluate(hf, tasks=[evaluate.build_task(name, splits)], bootstrap_iters=200,
+                                         task_manager=TaskManager(include_defaults=False))
+        stock_name = task.config.task
+        stock = {key.removesuffix(",none"): value for key, value in theirs["results"][stock_name].items()}
+        samples = theirs["samples"][stock_name]
+        assert [s["arguments"] for s in samples] == [[i.args for i in task.instances if i.doc_id == s["doc_id"]] for s in samples]
+        for document, sample in zip(documents, samples, strict=True):
+            lls = [r if name == "wikitext" else r[0] for r in sample["filtered_resps"]]
+            mine = document["log_likelihoods"] if name == "hellaswag" else [document["log_likelihood"]]
+            assert document["id"] == sample["doc_id"] and np.abs(np.subtract(lls, mine)).max() < 1e-3
+            assert all(document[key] == sample[key] for key in ("acc", "acc_norm") if key in document)
+        greedy = [g for _, g in (r for i in samples for r in i["filtered_resps"])] if name != "wikitext" else []
+        if greedy:
+            assert greedy == [g for _, g in ours.loglikelihood(task.instances, disable_tqdm=True)]
+        for key, stock_key in (("acc", "acc"), ("acc_stderr", "acc_stderr"), ("acc_norm", "acc_norm"), ("acc_norm_stderr", "acc_norm_stderr")):
+            assert results.get(key) == stock.get(stock_key)
+        for key, stock_key in (("ppl", "perplexity"), ("word_ppl", "word_perplexity"), ("bits_per_byte", "bits_per_byte")):
+            assert results.get(key) == (pytest.approx(stock[stock_key], rel=1e-4) if stock_key in stock else None)
+        too_long = [any(len(hf.tok_encode(c + t)) > block_size + 1 for c, t in s["arguments"]) for s in samples] if greedy else [False]
+        assert results["cut"] == sum(too_long) and results["n"] == len(documents)
+        assert block_size == 640 or not greedy or results["cut"] > 0
+        assert block_size == 64 or name != "hellaswag" or results["cut"] < len(documents)
+
+
+def test_prompts_are_the_stock_protocol():
+    rows = dict(train=hellaswag_rows(30, 1), validation=hellaswag_rows(6, 2))
+    task = evaluate.build_task("hellaswag", rows)
+    again = evaluate.build_task("hellaswag", rows)
+    assert [i.args for i in task.instances] == [i.args for i in again.instances]  # the same shots for all models
+    shots = {f"{r['activity_label']}: {r['ctx_a']}" for r in rows["train"]}
+    for instance in task.instances:
+        *before, last = instance.args[0].split("\n\n")
+        assert len(before) == 10 and all(any(b.startswith(s) for s in shots) for b in before)
+        assert not any(last.startswith(s) for s in shots)
+    lambada = evaluate.build_task("lambada", dict(test=lambada_rows(5)))
+    assert [i.args[0] + i.args[1] for i in lambada.instances] == [r["text"] for r in lambada_rows(5)]
+
+
+def test_continuous_results(encoding):
+    task = evaluate.build_task("hellaswag", dict(train=hellaswag_rows(12, 1), validation=hellaswag_rows(5, 2)))
+    answers = iter([(-float(i), False) for i in range(1, 21)])
+    lm = types.SimpleNamespace(loglikelihood=lambda instances: [next(answers) for _ in instances], cut=[True] + [False] * 19)
+    results, rows = evaluate.run_task("hellaswag", task, lm)
+    assert results["n"] == 5 and results["cut"] == 1 and rows[0]["cut"] and not rows[1]["cut"]
+    for i, (row, doc) in enumerate(zip(rows, task.eval_docs)):
+        assert row["gold"] == doc["gold"] and row["acc"] == (doc["gold"] == 0)  # the first ending has the largest likelihood
+        assert row["gold_nats_per_byte"] == pytest.approx((4 * i + doc["gold"] + 1) / len(doc["choices"][doc["gold"]].encode()))
+    lambada = evaluate.build_task("lambada", dict(test=lambada_rows(50)))
+    nats = np.random.default_rng(0).normal(4, 0.5, 50).tolist()
+    lm = types.SimpleNamespace(loglikelihood=lambda instances: [(-n, i < 20) for i, n in enumerate(nats)], cut=[False] * 50)
+    results, _ = evaluate.run_task("lambada", lambada, lm)
+    boot = np.exp(np.random.default_rng(1).choice(nats, (4000, 50)).mean(1)).std()
+    assert results["acc"] == 0.4 and results["ppl"] == pytest.approx(math.exp(np.mean(nats)))
+    assert results["ppl_stderr"] == pytest.approx(boot, rel=0.1) and results["target_nats"] == pytest.approx(np.mean(nats))
+
+
+# ---- the command ----
+
+def test_a_study_from_the_command_line_without_a_network(study):
+    rows = write_rows(study.tmp / "rows", lambada_openai=lambada_rows(20))
+    # nothing answers there, and nothing is in the cache, so that this test is the same with a network
+    env = dict(os.environ, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(study.tmp / "cache"), OMP_NUM_THREADS="1", HF_HUB_OFFLINE="")
+    done = subprocess.run([sys.executable, ROOT / "evaluate.py", study.dir, "--rows", rows, "--device=cpu"], env=env, cwd=study.tmp,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for task in ("hellaswag", "wikitext"):
+        assert sum(line.startswith(f"{task} not available: ") and "cannot be reached (no network)" in line for line in lines) == 1
+    assert "muon_qk-seed42 is left out: diverged" in lines and "muon-seed137 is left out: unfinished" in lines
+    results = json.loads((study.dir / "results.json").read_text())
+    assert set(results["runs"]) == {"muon-seed42", "muon_qk-seed137"} and set(results["left_out"]) == {"muon_qk-seed42", "muon-seed137"}
+    for run in results["runs"].values():
+        assert run["checkpoint"] == "ckpt_step_7.pt" and run["step"] == 7 and run["val_tokens"] == len(study.tokens) - 1
+        assert list(run["hellaswag"]) == ["not_available"] == list(run["wikitext"])
+        assert run["lambada"]["n"] == 20 and 0 <= run["lambada"]["acc"] <= 1
+    documents = [json.loads(line) for line in (study.dir / "eval" / "muon-seed42_lambada.jsonl").read_text().splitlines()]
+    assert [d["id"] for d in documents] == list(range(20))
+    assert np.mean([d["acc"] for d in documents]) == results["runs"]["muon-seed42"]["lambada"]["acc"]
+
+
+def test_evaluating_again(study, monkeypatch):
+    rows = write_rows(study.tmp / "rows", lambada_openai=lambada_rows(10), wikitext_test=[dict(page="a page \n of text")],
+                      hellaswag_train=hellaswag_rows(12, 1), hellaswag_validation=hellaswag_rows(5, 2))
+    scored = []
+    run_task, run_val = evaluate.run_task, evaluate.run_val
+    monkeypatch.setattr(evaluate, "run_task", lambda name, *rest: scored.append(name) or run_task(name, *rest))
+    monkeypatch.setattr(evaluate, "run_val", lambda *rest: scored.append("val") or run_val(*rest))
+    path = study.dir / "results.json"
+
+    def go(*args):
+        scored.clear()
+        call(monkeypatch, study.dir, "--rows", rows, "--device=cpu", *args)
+        return json.loads(path.read_text())["runs"]
+
+    first = go()
+    documents = {p.name: p.read_text() for p in (study.dir / "eval").iterdir()}
+    assert sorted(scored) == sorted(["val", "hellaswag", "lambada", "wikitext"] * 2) and len(documents) == 8
+    assert go() == first and not scored  # nothing is repeated
+    path.unlink()
+    random.seed(99), np.random.seed(99), torch.manual_seed(99)
+    assert go() == first and len(scored) == 8  # to the last bit, whatever the global generators hold
+    assert {p.name: p.read_text() for p in (study.dir / "eval").iterdir()} == documents
+    (study.dir / "eval" / "muon-seed42_val.jsonl").unlink()
+    assert go() == first and scored == ["val"]
+    write_rows(rows, lambada_openai=lambada_rows(11))
+    assert go()["muon-seed42"]["lambada"]["n"] == 11 and scored == ["lambada"] * 2
+    state = torch.load(study.ckpt, weights_only=True)
+    state["model"]["wte.weight"] *= 1.1
+    torch.save(state, study.ckpt)
+    assert go()["muon-seed42"]["val_loss"] != first["muon-seed42"]["val_loss"] and len(scored) == 4  # one run's four parts
+    before = path.read_text()
+    path.write_text(before[:100])
+    assert go() == json.loads(before)["runs"]  # damaged: evaluated anew
+    monkeypatch.setattr(evaluate, "build_task", lambda *args: (_ for _ in ()).throw(OSError("no network")))
+    (rows / "lambada_openai.jsonl").unlink()
+    assert go() == json.loads(before)["runs"] and not scored  # local rows' results outlive a start without them
+    monkeypatch.setattr(evaluate, "run_val", lambda *rest: (_ for _ in ()).throw(KeyboardInterrupt))
+    before = path.read_text()
+    with pytest.raises(KeyboardInterrupt):
+        go("--dtype=bfloat16")
+    assert path.read_text() == before and not list(study.dir.rglob("*.tmp"))
+
+
+def test_one_checkpoint_prints_key_value_lines(study, monkeypatch, capsys):
+    rows = write_rows(study.tmp / "rows", lambada_openai=lambada_rows(5))
+    monkeypatch.setattr(evaluate, "build_task", lambda name, splits, real=evaluate.build_task:
+                        real(name, splits) if splits else (_ for _ in ()).throw(OSError("x cannot be reached")))
+    call(monkeypatch, "--ckpt", study.ckpt, "--rows", rows, "--device=cpu")
+    printed = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines() if " not available" not in line)
+    nats, counts = scoring.val_losses(tiny_model(False), study.tokens, "float32")
+    assert float(printed["val_loss"]) == pytest.approx(nats.sum() / counts.sum()) and int(printed["lambada_n"]) == 5
+    assert printed["hellaswag_not_available"].strip() == "x cannot be reached" and "done" not in printed
+    assert not (study.ckpt.parent / "eval").exists()
+
+
+def test_sample_continues_a_text(study, monkeypatch, capsys):
+    call(monkeypatch, "--ckpt", study.ckpt, "--sample", "Once upon", "--device=cpu")
+    printed = capsys.readouterr().out
+    assert printed.startswith("Once upon") and len(printed) > 100
+    model, config = evaluate.load_checkpoint(study.ckpt)
+    state = torch.random.get_rng_state()
+    assert evaluate.sample(model, config, "Once upon") + "\n" == printed  # and slides past block_size 64
+    assert evaluate.sample(model, config, "Once upon", seed=2) + "\n" != printed and torch.equal(state, torch.random.get_rng_state())
+    with torch.no_grad():
+        model.wte.weight[4096:] *= 100  # padded rows win every argmax, and are no text
+    assert evaluate.sample(model, config, "") and evaluate.sample(model, config, "Once", length=3).startswith("Once")
+
+
+# ---- wrong input: one clear line ----
+
+GOOD = hellaswag_rows(1, 0)[0]
+
+
+@pytest.mark.parametrize("file, line, expected", [
+    ("lambada_openai", "{'text'", "line 2: not JSON"), ("lambada_openai", "[1]", "line 2: not a JSON object"),
+    ("lambada_openai", '{"txt": "a b"}', "line 2: no field 'text'"), ("lambada_openai", '{"text": 3}', "line 2: text is 3"),
+    ("lambada_openai", '{"text": " "}', "line 2: text is ' '"), ("lambada_openai", "", "line 2: not JSON"),
+    ("wikitext_test", '{"text": "a"}', "line 2: no field 'page'"),
+    ("hellaswag_validation", json.dumps({k: v for k, v in GOOD.items() if k != "endings"}), "line 2: no field 'endings'"),
+    ("hellaswag_validation", json.dumps(dict(GOOD, endings=["a", 2])), "line 2: endings are not all texts"),
+    ("hellaswag_validation", json.dumps(dict(GOOD, label="")), "line 2: label '' names none of the 4 endings"),
+    ("hellaswag_validation", json.dumps(dict(GOOD, label=4)), "line 2: label '4' names none"),
+])
+def test_wrong_rows_name_file_and_line(file, line, expected, tmp_path):
+    good = dict(lambada_openai=lambada_rows(1), wikitext_test=[dict(page="a b")], hellaswag_train=hellaswag_rows(10, 1),
+                hellaswag_validation=[GOOD])
+    rows = write_rows(tmp_path, **good)
+    assert set(evaluate.local_rows(rows)) == set(evaluate.TASKS)
+    with open(rows / f"{file}.jsonl", "a") as f:
+        f.write(line + "\n")
+    with pytest.raises(ValueError) as e:
+        evaluate.local_rows(rows)
+    assert f"{file}.jsonl, {expected}" in str(e.value)
+
+
+def test_line_separators_inside_a_text_are_no_line_ends(tmp_path):
+    (tmp_path / "lambada_openai.jsonl").write_text(json.dumps(dict(text="one\u2028two\x85three"), ensure_ascii=False) + "\r\n", encoding="utf-8")
+    assert evaluate.local_rows(tmp_path)["lambada"][1] == {"test": [dict(text="one\u2028two\x85three")]}
+
+
+def test_wrong_row_folders(tmp_path):
+    for files, expected in ((dict(), "holds no rows"), (dict(lambada_openai=[]), "lambada_openai.jsonl is empty"),
+                            (dict(hellaswag_validation=[GOOD]), "hellaswag_train.jsonl is missing"),
+                            (dict(hellaswag_validation=[GOOD], hellaswag_train=hellaswag_rows(9, 1)), "9 rows, fewer than the 10 shots")):
+        folder = write_rows(tmp_path / str(len(expected)), **files)
+        with pytest.raises(ValueError, match=expected):
+            evaluate.local_rows(folder)
+    (folder / "lambada_openai.jsonl").write_bytes(b'{"text": "\xff"}\n')
+    for row_file in folder.glob("hella*"):
+        row_file.unlink()
+    with pytest.raises(ValueError, match="cannot be read: 'utf-8'"):
+        evaluate.local_rows(folder)
+
+
+def test_wrong_checkpoints_and_folders(study, monkeypatch):
+    import export
+    state = torch.load(study.ckpt, weights_only=True)
+    no_ckpt, cut, other, pickled = (study.tmp / name for name in ("a.pt", "b.pt", "c.pt", "d.pt"))
+    no_ckpt.write_text("hello")
+    cut.write_bytes(study.ckpt.read_bytes()[:5000])
+    torch.save(dict(weights=state["model"]), other)
+    torch.save(dict(state, config=dict(state["config"], n_layer=3)), pickled)
+    for path in (no_ckpt, cut, other, pickled):
+        for tool in (evaluate.load_checkpoint, lambda p: export.export(p, study.tmp / "hf")):
+            with pytest.raises(ValueError, match="is no whole checkpoint of train.py"):
+                tool(path)
+    with pytest.raises(ValueError, match="no such file"):
+        evaluate.load_checkpoint(study.tmp / "none.pt")
+    torch.save(dict(state, config=dict(state["config"], data=dict(tokenizer="gpt2"))), other)
+    for tool in (lambda: call(monkeypatch, "--ckpt", other, "--sample", "a"), lambda: export.export(other, study.tmp / "hf"),
+                 lambda: call(monkeypatch, "--ckpt", other)):
+        with pytest.raises(ValueError, match="tokenizer gpt2 has 50,257 ids and does not fit the checkpoint's vocab_size 4,160"):
+            tool()
+    (study.tmp / "empty").mkdir()
+    for args, expected in (([study.tmp / "none"], "no such folder"), ([study.tmp / "empty"], "holds no final checkpoint"), ([], "give a"),
+                           ([study.dir, "--ckpt", study.ckpt], "give a"), ([study.dir, "--sample", "a"], "give a"),
+                           ([study.dir, "--rows", study.tmp / "none"], "holds no rows")):
+        with pytest.raises(ValueError, match=expected):
+            call(monkeypatch, *args)
+    study.ckpt.unlink()
+    assert evaluate.final_checkpoints(study.dir)[1]["muon-seed42"] == "finished, but ckpt_step_7.pt is gone"
+    assert not (study.tmp / "hf").exists()
+
+
+@pytest.mark.parametrize("script, args", [("evaluate.py", ["--ckpt", "none.pt"]), ("evaluate.py", ["none"]), ("export.py", ["none.pt", "hf"]),
+                                          ("export.py", ["none.pt"])])
+def test_errors_are_one_line(script, args, tmp_path):
+    done = subprocess.run([sys.executable, ROOT / script, *args], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
