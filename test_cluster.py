@@ -185,6 +185,7 @@ def gpt2_text(tmp_path_factory):
     """Real text in GPT-2's tokens: the val part of data/poetry, decoded and prepared again."""
     if not (ROOT / "data/poetry/meta.json").exists():
         pytest.skip("data/poetry is not prepared: python data/poetry/prepare.py")
+    sys.path.append(str(ROOT / "data"))
     from tokens import get_encoding
     folder = tmp_path_factory.mktemp("text")
     tokens = np.fromfile(ROOT / "data/poetry/val_set.bin", "<u2")[:300_000].tolist()

@@ -321,6 +321,7 @@ def test_resume_with_another_number_of_processes(tmp_path, data, alone):  # noqa
     out = tmp_path / "r"
     stopped_run(out, data)
     torchrun(out, data, 2, "--max_tokens=3840", "--log_interval=7")
+    assert "nothing to do" in torchrun(out, data, 2, "--max_tokens=3840", "--log_interval=7")  # all ranks leave
     a, b = study.load_run(alone), study.load_run(out)
     assert [r["step"] for r in a["rows"]] == [r["step"] for r in b["rows"]]
     assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-3)

@@ -145,6 +145,7 @@ if not learning_rate:
 out_dir = Path(out_dir) if out_dir else ROOT / "out" / scale / f"{arm}-seed{seed}"
 config.update(learning_rate=learning_rate, data_dir=os.path.relpath(data_dir, ROOT), out_dir=str(out_dir))
 FREE = {"out_dir", "data_dir", "device", "compile", "micro_batch", "ckpt_interval_s"}  # may change between starts
+done = torch.zeros(1)
 if master:
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -159,7 +160,7 @@ if master:
             status = study.load_run(out_dir)["status"]
             if status != "unfinished":
                 print(f"{out_dir} is {status}: nothing to do")
-                sys.exit(0)
+                done += 1
         else:
             system.write_text(out_dir / "config.json", json.dumps(
                 dict(config, data=meta, num_params=GPT(gpt_config).num_params()), indent=1))
@@ -173,7 +174,11 @@ if master:
     except (ValueError, OSError) as e:
         fail(e)
 if ddp:
-    dist.barrier()
+    dist.broadcast(done, 0)
+if done:
+    if ddp:
+        dist.destroy_process_group()
+    sys.exit(0)
 
 # ---- model and optimizers
 model = GPT(gpt_config).to(device)
