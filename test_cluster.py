@@ -13,7 +13,7 @@ import torch
 
 import study
 import system
-from model import GPT, GPTConfig
+from model import GPTConfig
 from test_smoke import ENV, ROOT, TINY, data, tiny_model  # noqa: F401 (data is a fixture)
 
 
