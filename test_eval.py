@@ -232,7 +232,7 @@ def test_exported_tokenizer_gives_the_same_ids(name, tmp_path):
     export.export(tmp_path / "c.pt", tmp_path / "hf")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
     rng = random.Random(0)
-    letters = [*map(chr, range(32, 127)), *"  \n\n\téßñ…—“”日本語🙂'"]
+    letters = [*map(chr, [*range(32, 127), *range(161, 256)]), *"  \n\n\téßñ…—“”日本語🙂'"]
     texts = [row["text"] for row in lambada_rows(300)] + ["", " ", "  a  b ", "I've don't 1234567 o'clock", "\r\n x\u00a0y"]
     texts += ["".join(rng.choices(letters, k=rng.randint(1, 80))) for _ in range(300)]
     for t in texts:
