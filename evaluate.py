@@ -53,7 +53,7 @@ def load_checkpoint(path, device="cpu"):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         config = dict(state["config"], step=state["step"], tokens=state["tokens"])
-        model = GPT(GPTConfig(**{key: config[key] for key in GPTConfig.__dataclass_fields__})).requires_grad_(False)
+        model = GPT(GPTConfig(**{key: config[key] for key in GPTConfig.__dataclass_fields__}))
         model.load_state_dict(state["model"])
     except Exception as e:  # a damaged file can fail anywhere inside the unpickler
         raise ValueError(f"{path} is no whole checkpoint of train.py ({type(e).__name__}: {str(e)[:150]}): give another file, or "

@@ -109,18 +109,18 @@ def score(model, pairs, dtype, desc=None):
     Consecutive pairs with the same context share one pass over it, and the head runs only where something is scored.
     """
     device, results = model.wte.weight.device, [None] * len(pairs)
-    with tqdm(total=len(pairs), desc=desc, unit="text", disable=None, leave=False) as bar:
+    # one autocast around all passes: it keeps its bfloat16 copies of the weights until it ends
+    with autocast(device, dtype), tqdm(total=len(pairs), desc=desc, unit="text", disable=None, leave=False) as bar:
         for batch in batches(share(pairs, model.config.block_size), PASS_TOKENS[device.type]):
             idx, pos, mask, rows = pack(batch, device)
             scored = [target for _, targets in batch for target in targets]
             wanted = torch.tensor([token for _, target in scored for token in target], device=device)
-            with autocast(device, dtype):
-                hidden = model.hidden(idx, pos, mask).flatten(0, 1)[rows]
-                logps, greedy = [], []
-                for h, w in zip(hidden.split(HEAD_ROWS), wanted.split(HEAD_ROWS)):
-                    logits = model.logits(h)
-                    logps.append(logits.gather(-1, w[:, None])[:, 0] - logits.logsumexp(-1))
-                    greedy.append(logits.argmax(-1) == w)
+            hidden = model.hidden(idx, pos, mask).flatten(0, 1)[rows]
+            logps, greedy = [], []
+            for h, w in zip(hidden.split(HEAD_ROWS), wanted.split(HEAD_ROWS)):
+                logits = model.logits(h)
+                logps.append(logits.gather(-1, w[:, None])[:, 0] - logits.logsumexp(-1))
+                greedy.append(logits.argmax(-1) == w)
             sizes = [len(target) for _, target in scored]
             for (i, _), lp, g in zip(scored, torch.cat(logps).double().cpu().split(sizes), torch.cat(greedy).cpu().split(sizes)):
                 results[i] = lp.sum().item(), bool(g.all())

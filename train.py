@@ -165,7 +165,7 @@ if master:
             system.write_text(out_dir / "config.json", json.dumps(
                 dict(config, data=meta, num_params=GPT(gpt_config).num_params()), indent=1))
             (out_dir / "source").mkdir(exist_ok=True)
-            for path in [*ROOT.glob("*.py"), *ROOT.glob("*.sh")]:
+            for path in [p for p in (*ROOT.glob("*.py"), *ROOT.glob("*.sh")) if not p.name.startswith("test_")]:
                 shutil.copy(path, out_dir / "source")
             commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True)
             system.write_text(out_dir / "source" / "versions.json", json.dumps(dict(
