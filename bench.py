@@ -21,7 +21,7 @@ from muon import Muon
 from probe import probe
 
 
-def bench_eval(dtype="float32", rounds=6):
+def bench_eval(dtype="float32", rounds=4):
     """HellaSwag 10-shot at context 2048 on random weights of the 80m shape: items a second of our adapter and of lm-eval's stock
     `hf` model on the exported checkpoint, taken in turns in one process, and the ratio. Needs requirements-dev.txt."""
     from lm_eval.models.huggingface import HFLM
@@ -29,7 +29,7 @@ def bench_eval(dtype="float32", rounds=6):
     import evaluate
     import export
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    items, batch = (1, 1) if device == "cpu" else (64, 32)  # of a round, and the stock model's batch
+    items, batch = (2, 1) if device == "cpu" else (64, 32)  # of a round, and the stock model's batch
     rng = random.Random(0)
     encoding = evaluate.get_encoding("gpt2")
     words = [w for w in map(encoding.decode, ([i] for i in range(256, 6000))) if w.startswith(" ") and w[1:].isalpha()]

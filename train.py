@@ -171,8 +171,10 @@ if master:
             system.write_text(out_dir / "source" / "versions.json", json.dumps(dict(
                 python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, commit=commit.stdout.strip(),
                 device=system.device_name(device), threads=torch.get_num_threads(), world=world, platform=platform.platform())))
-    except (ValueError, OSError) as e:
+    except ValueError as e:
         fail(e)
+    except OSError as e:
+        fail(f"cannot write into {out_dir}: {e.strerror or e}: make it writable or give another --out_dir")
 if ddp:
     dist.broadcast(done, 0)
 if done:
