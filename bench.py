@@ -37,7 +37,7 @@ def bench_eval(dtype="float32", rounds=4):
     def text(low, high):
         return "".join(rng.choices(words, k=rng.randint(low, high)))[1:]
 
-    # lengths as in HellaSwag: ten shots come to 1,000 to 1,400 tokens
+    # made-up lengths: ten shots come to 1,000 to 1,200 tokens, the low end of what HellaSwag needs
     rows = [dict(activity_label=text(1, 3), ctx_a=text(40, 100) + ".", ctx_b=text(1, 4), endings=[text(5, 35) for _ in range(4)],
                  label="0") for _ in range(40 + items * rounds)]
     task = evaluate.build_task("hellaswag", {"train": rows[:40], "validation": rows[40:]})
