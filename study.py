@@ -110,9 +110,9 @@ def chosen(study_dir):
 def default_lr(scale, arm):
     """(learning rate, where it is from) of an arm: the sweep's winner in out/SCALE/chosen_lr.json, else the middle of
     its grid."""
-    winner = chosen(ROOT / "out" / scale).get(arm)
-    if winner:
-        return winner["lr"], f"the winner of {winner['tried'] and len(winner['tried'])} in out/{scale}/chosen_lr.json"
+    pick = chosen(ROOT / "out" / scale).get(arm)
+    if pick:
+        return pick["lr"], f"the winner of {len(pick['tried'])} in out/{scale}/chosen_lr.json"
     grid = SCALES[scale]["grids"][arm]
     return grid[len(grid) // 2], f"the middle of the {arm} grid, since out/{scale}/chosen_lr.json has no winner yet"
 

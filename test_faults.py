@@ -1,4 +1,5 @@
 """A run survives anything: kills, signals, NaNs, full disks, damaged files, several processes; and repeats to the bit."""
+import hashlib
 import json
 import math
 import os
@@ -138,8 +139,8 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, data, alone, number):  #
     assert_same_run(alone, out)
 
 
-def poisoned(folder, tokens_at):
-    """Data and a train.py wrapper whose loss is NaN on the batches in tokens_at (indices of global batches)."""
+def poisoned():
+    """A wrapper of train.py whose loss is NaN on the blocks whose first two tokens are in {keys}."""
     return ("import sys, runpy, torch\nsys.path.insert(0, {root!r})\nimport model\nreal, calls = model.GPT.forward, [0]\n"
             "def forward(self, idx, targets=None):\n    loss = real(self, idx, targets)\n    if not torch.is_grad_enabled():\n        return loss\n"
             "    key = int(idx[0, 0]) * 65536 + int(idx[0, 1])\n    return loss * float('nan') if key in {keys} else loss\n"
@@ -158,7 +159,7 @@ def first_tokens(data_dir, seed, batch, sequences=4, block=16):
 def run_poisoned(out, data_dir, batches):
     keys = {first_tokens(data_dir, 42, b) for b in batches}
     assert len(keys) == len(batches)
-    code = poisoned(None, None).format(root=str(ROOT), keys=keys)
+    code = poisoned().format(root=str(ROOT), keys=keys)
     return subprocess.run([sys.executable, "-c", code, str(ROOT / "train.py"), str(ROOT / "config/muon_qk.py"), *TINY, f"--data_dir={data_dir}",
                            f"--out_dir={out}", "--max_tokens=3840", "--log_interval=7"], capture_output=True, text=True, env=ENV)
 
@@ -171,7 +172,6 @@ def distinct(tmp_path_factory):
     tokens = np.arange(4000)
     tokens = np.where(tokens % 2, tokens // 16 % 250, tokens % 16 * 8 + tokens // 4000).astype("<u2")
     tokens.tofile(folder / "d" / "train.bin")
-    import hashlib
     meta["train_sha256"] = hashlib.sha256(tokens.tobytes()).hexdigest()
     (folder / "d" / "meta.json").write_text(json.dumps(meta))
     return folder / "d"

@@ -263,7 +263,6 @@ def evaluate():
 # ---- state: what a checkpoint carries beside weights and optimizers
 step = 0
 skip = []  # batches that made a loss explode and are left out since the restart
-log_bytes = 0  # where log.jsonl ended at the checkpoint: a resumed log has no row twice and no half row
 log_path = out_dir / "log.jsonl"
 
 
@@ -277,7 +276,8 @@ def log(row):
 
 
 def save(path):
-    """Write a checkpoint aside, flush it, then rename: the previous one stays until the new one is whole."""
+    """Write a checkpoint aside, flush it, then rename: the previous one stays until the new one is whole. log_bytes is
+    where the log ends now, so that a resumed log has no row twice and no half row."""
     if master:
         state = dict(model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], step=step,
                      tokens=step * batch_tokens, skip=skip, log_bytes=log_path.stat().st_size, config=config)
