@@ -7,6 +7,7 @@ import torch.distributed as dist
 
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan et al.: steepest at zero, so five steps do
 NS_STEPS = 5
+CPU_CHUNK = 2**20  # elements of a stack that a CPU takes at once, so that it stays in cache
 
 
 def orthogonalize(G, steps=NS_STEPS):
@@ -44,18 +45,17 @@ class Muon(torch.optim.Optimizer):
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 stacks.setdefault((min(p.shape), max(p.shape)), []).append(p)
-            params = [p for stack in stacks.values() for p in stack]
-            grads = [p.grad for p in params]
-            bufs = [self.state[p]["momentum_buffer"] for p in params]
-            torch._foreach_lerp_(bufs, grads, 1 - group["momentum"])
-            torch._foreach_lerp_(grads, bufs, group["momentum"])  # grads are done with: Nesterov in place
-            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             for (rows, cols), stack in stacks.items():
-                wide = [p.grad if p.shape[0] <= p.shape[1] else p.grad.mT for p in stack]
-                update = orthogonalize_shared(wide)
-                scale = 0.2 * max(rows, cols) ** 0.5
-                torch._foreach_add_(stack, [u if p.shape[0] <= p.shape[1] else u.mT for p, u in zip(stack, update)],
-                                    alpha=-group["lr"] * scale)
+                n = max(1, CPU_CHUNK // (rows * cols)) if stack[0].device.type == "cpu" else len(stack)
+                for chunk in (stack[i:i + n] for i in range(0, len(stack), n)):
+                    grads, bufs = [p.grad for p in chunk], [self.state[p]["momentum_buffer"] for p in chunk]
+                    torch._foreach_lerp_(bufs, grads, 1 - group["momentum"])
+                    torch._foreach_lerp_(grads, bufs, group["momentum"])  # grads are done with: Nesterov in place
+                    wide = [g if g.shape[0] <= g.shape[1] else g.mT for g in grads]
+                    update = orthogonalize_shared(wide)
+                    torch._foreach_mul_(chunk, 1 - group["lr"] * group["weight_decay"])
+                    torch._foreach_add_(chunk, [u if p.shape[0] <= p.shape[1] else u.mT for p, u in zip(chunk, update)],
+                                        alpha=-group["lr"] * 0.2 * max(rows, cols) ** 0.5)
 
 
 def orthogonalize_shared(matrices):
