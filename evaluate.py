@@ -58,9 +58,6 @@ def load_checkpoint(path, device="cpu"):
     except Exception as e:  # a damaged file can fail anywhere inside the unpickler
         raise ValueError(f"{path} is no whole checkpoint of train.py ({type(e).__name__}: {str(e)[:150]}): give another file, or "
                          f"train again") from None
-    if "data" not in config:
-        beside = path.with_name("config.json")
-        config["data"] = json.loads(beside.read_text())["data"] if beside.exists() else load_meta(find(config["data_dir"]))
     return model.to(device).eval(), config
 
 

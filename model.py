@@ -124,6 +124,7 @@ class Block(nn.Module):
         self.norm2 = RMSNorm(config.n_embd)
         self.mlp = MLP(config)
 
+    @torch.compiler.nested_compile_region  # compiled once, not n_layer times: a third of the wait, same steps; eager: no-op
     def forward(self, x, cos, sin, mask=None):
         x = x + self.attn(self.norm1(x), cos, sin, mask)
         return x + self.mlp(self.norm2(x))

@@ -13,8 +13,8 @@ keeps the extra hypotheses free until they matter: if an arm is strictly best, o
 contrasts of that measure are not zero. So 'best' may be claimed only after two contrasts of its measure, and with 0, 1,
 2, 3 contrasts of a measure resolved at most 3, 2, 2, 1 of its hypotheses are true. 'Best' and 'under the margin' share
 a place: where Muon leads by the margin, calling another arm best errs no further than calling it a tie. The best arm is
-tested against the runner-up, two-sided, which needs no correction for having picked them (Gutmann & Maymin 1987, Ann.
-Statist. 15). The chance of any false claim is at most alpha.
+tested against the runner-up, two-sided, which needs no correction for having picked them (Hung & Fithian 2016,
+arXiv:1610.03944). The chance of any false claim is at most alpha.
 """
 import numpy as np
 from scipy.special import stdtr, stdtrit  # Student's t, at a tenth of the cost of scipy.stats

@@ -280,7 +280,7 @@ def save(path):
     where the log ends now, so that a resumed log has no row twice and no half row."""
     if master:
         state = dict(model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], step=step,
-                     tokens=step * batch_tokens, skip=skip, log_bytes=log_path.stat().st_size, config=config)
+                     tokens=step * batch_tokens, skip=skip, log_bytes=log_path.stat().st_size, config=dict(config, data=meta))
         system.write_whole(path, lambda f: torch.save(state, f))
 
 
