@@ -7,6 +7,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 python=$(command -v python || command -v python3) || { echo "error: no python on the PATH: install Python 3.11 or later" >&2; exit 1; }
+"$python" -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("torch", "lm_eval", "tqdm"))))' ||
+  { echo "error: $python lacks packages: run pip install -r requirements.txt" >&2; exit 1; }
 
 scale=""
 stages=()
