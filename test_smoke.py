@@ -361,6 +361,17 @@ def test_logged_val_loss_equals_a_loop_of_ones_own(runs, data):
         assert run["val_loss"] == pytest.approx(np.mean(losses), abs=1e-5)
 
 
+def test_part_of_the_val_set_leaves_the_probe_alone(tmp_path, runs, data):
+    """eval_tokens may be less than probe_tokens: the keys probed are the same, the loss is that of the part."""
+    train(tmp_path / "part", data, "--eval_tokens=32", "--max_tokens=64", "--n_ckpt=1")
+    part, whole = study.load_run(tmp_path / "part")["rows"][0], study.load_run(runs / "muon_qk-seed42")["rows"][0]
+    assert part["mean_pr"] == whole["mean_pr"] and part["val_loss"] != whole["val_loss"]
+    model = GPT(GPTConfig(16, 256, 2, 2, 32, 48, True)).init_weights(torch.Generator().manual_seed(42))
+    tokens = torch.from_numpy(np.fromfile(data / "val_set.bin", "<u2").astype(np.int64)[:33])
+    with torch.no_grad():
+        assert part["val_loss"] == pytest.approx(model(tokens[:-1].view(2, 16), tokens[1:].view(2, 16)).item(), abs=1e-5)
+
+
 def test_spectra_agree_with_the_log(runs):
     for run in study.load_runs(runs):
         by_step = {r["step"]: r for r in run["rows"]}

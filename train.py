@@ -133,6 +133,7 @@ check(n_blocks >= sequences, f"{data_dir}/train.bin holds {len(train_data)} toke
       f" at block_size {block_size}: prepare more or lower them")
 check(len(val_data) > max(eval_tokens, probe_tokens), f"{data_dir}/val_set.bin holds {len(val_data)} tokens, too few for "
       f"eval_tokens {eval_tokens} and probe_tokens {probe_tokens}: prepare more or lower them")
+probe_data = val_data[:probe_tokens // block_size * block_size]
 val_data = val_data[:eval_tokens + 1] if eval_tokens else val_data
 
 # ---- the run's folder: settings, lock, source
@@ -345,7 +346,7 @@ for number in (signal.SIGTERM, signal.SIGINT):
 def main():
     global step
     token_steps = {max_tokens * i // n_ckpt // batch_tokens for i in range(1, n_ckpt + 1)}
-    probe_idx = torch.from_numpy(val_data[:probe_tokens // block_size * block_size].astype(np.int64)).view(-1, block_size).to(device)
+    probe_idx = torch.from_numpy(probe_data.astype(np.int64)).view(-1, block_size).to(device)
     flops = model.flops_per_token()
     peak = system.peak_flops(device)
     explode = 2 * math.log(vocab_size)  # twice the loss of guessing: no healthy run comes near after step 0
