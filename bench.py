@@ -166,14 +166,25 @@ def bench_nanogpt(folder, rounds=9):
 
 
 def bench_looks(rounds=3):
-    """A probe and a val pass at mini and 4m in steps of training, and as a share of training at the scale's cadence."""
-    for scale, micro in (("mini", 8), ("4m", 8)):
+    """A probe and a val pass as shares of the training between two looks, at each scale's own cadence."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for scale, micro in (("mini", 8), ("4m", 8), ("80m", 1)):
         config, c = study.scale_config(scale), gpt_config(scale)
-        model = GPT(c).init_weights(torch.Generator().manual_seed(0))
-        step, idx = train_step(model, c, micro), torch.randint(0, c.vocab_size, (config["probe_tokens"] // c.block_size, c.block_size))
-        seconds = {k: statistics.median(v) for k, v in in_turns({"step": step, "probe": lambda: probe(model, idx)}, rounds).items()}
-        interval = config["log_interval"] * config["batch_tokens"] / (micro * c.block_size)
-        print(f"probe {scale}: {seconds['probe']:.2f} s, {seconds['probe'] / seconds['step'] / interval:.1%} of the training between two looks")
+        model = GPT(c).init_weights(torch.Generator().manual_seed(0)).to(device)
+        step, forward = train_step(model, c, micro), torch.compile(model, dynamic=False)
+        idx = torch.randint(0, c.vocab_size, (config["probe_tokens"] // c.block_size, c.block_size), device=device)
+        block = torch.randint(0, c.vocab_size, (micro, c.block_size), device=device)
+
+        @torch.no_grad()
+        def val():
+            with torch.autocast(device, dtype=torch.bfloat16):
+                forward(block, block)
+
+        seconds = {k: statistics.median(v) for k, v in in_turns({"step": step, "probe": lambda: probe(model, idx), "val": val}, rounds).items()}
+        between = seconds["step"] * config["log_interval"] * config["batch_tokens"] / block.numel()
+        val_seconds = seconds["val"] * (config["eval_tokens"] or 5_000_000) / block.numel()
+        print(f"looks {scale}: probe {seconds['probe']:.2f} s, {seconds['probe'] / between:.2%} of the training between two looks; val pass "
+              f"{val_seconds / between:.1%}, a token of it {seconds['val'] / seconds['step']:.2f} of a training token", flush=True)
 
 
 if __name__ == "__main__":

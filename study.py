@@ -361,7 +361,7 @@ def plan(scale, study_dir):
           f"each weight in a matrix product, 6 * n_layer * n_embd * T for causal attention), val passes included")
     print(f"  disk   {disk / 1e9:.1f} GB of checkpoints and spectra, {missing_data / 1e9:.1f} GB of data to prepare")
     rows = [m for m in (1, 2, 4, 8, 16, 32) if c["batch_tokens"] // c["block_size"] % m == 0]
-    print("  memory a device by micro-batch, estimated: " +
+    print("  memory a device by micro-batch, at most: " +
           ", ".join(f"{m}: {system.training_bytes(gpt_config, m) / 2**30:.1f} GiB" for m in rows))
     existing = next(p for p in [study_dir, *study_dir.parents] if p.exists())
     free = shutil.disk_usage(existing).free
@@ -374,9 +374,10 @@ def plan(scale, study_dir):
     at_once = min(jobs, len(devices) or cores)
     seconds = (work / speed + (n_sweep + n_main) * min(overhead, 15)) / at_once + (overhead if overhead > 15 else 0)
     print(f"  time   about {duration(seconds)} on {at_once} x {devices[0] if devices else 'one CPU core'}: {speed:,.0f} tokens/s measured, "
-          f"{overhead:.0f} s to start and compile; predicted at {UTILISATION:.0%} of bfloat16 peak: " +
-          ", ".join(f"{name} {duration(flops * work / peak / UTILISATION)}" for name, peak in system.PEAK_BF16.items()
-                    if name in ("RTX 3090", "RTX 4090", "L40S", "A100", "H100")), flush=True)
+          f"{overhead:.0f} s to start and compile", flush=True)
+    if c["n_embd"] >= 512:  # narrower matrices do not fill a GPU
+        print(f"  on one GPU at {UTILISATION:.0%} of its bfloat16 peak, predicted: " + ", ".join(
+            f"{name} {duration(flops * work / peak / UTILISATION)}" for name, peak in system.PEAK_BF16.items()), flush=True)
 
 
 def duration(seconds):

@@ -43,8 +43,9 @@ def can_compile(device):
 
 
 def training_bytes(c, micro_batch):
-    """Rough peak memory in bytes of one training step of a GPTConfig at micro_batch sequences: 16 a parameter (weight,
-    gradient, two moments, float32), the activations that backward needs, and the logits."""
+    """Peak memory in bytes of one training step of a GPTConfig at micro_batch sequences, from above: 16 a parameter (weight,
+    gradient, two moments, float32), the activations that backward needs, and the logits. Compiled it is less: measured at
+    80m on a CPU, 0.34 MB a token more from one sequence to two, where this says 0.95."""
     params = c.vocab_size * c.n_embd + c.n_layer * (4 * c.n_embd ** 2 + 3 * c.n_embd * c.ffn_dim)
     tokens = micro_batch * c.block_size
     # a layer keeps two float32 residuals and, in bfloat16, two normed inputs, q k v twice, attention output, four of ffn_dim
