@@ -123,6 +123,7 @@ def plain_scores(model, pairs):
 @pytest.mark.parametrize("pass_tokens", [1, 100, 5000])
 def test_shared_passes_equal_plain_ones(qk_norm, pass_tokens, monkeypatch):
     monkeypatch.setitem(scoring.PASS_TOKENS, "cpu", pass_tokens)
+    monkeypatch.setattr("model.CPU_BLOCK", 24)
     model, rng = tiny_model(qk_norm), random.Random(0)
     ids = lambda n: [rng.randrange(4096) for _ in range(n)]
     pairs = []
