@@ -6,6 +6,8 @@
     python bench.py looks            a probe and a val pass in training steps
     python bench.py eval             HellaSwag 10-shot against lm-eval's stock hf model; needs requirements-dev.txt
 """
+import importlib.util
+import multiprocessing
 import random
 import statistics
 import sys
@@ -16,6 +18,7 @@ from pathlib import Path
 import torch
 
 import study
+import system
 from model import GPT, GPTConfig
 from muon import Muon
 from probe import probe
@@ -148,21 +151,42 @@ def bench_train(rounds=9):
     model.CPU_BLOCK = blocks
 
 
-def bench_nanogpt(folder, rounds=9):
-    """Tokens/s of a step against nanoGPT's model at the same layers, width, heads, vocabulary, context, batch and dtype; its MLP
-    has 4 * width, so ours is also run with the ffn_dim that has as many weights (8 / 3 * width)."""
-    import importlib.util
-    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(folder) / "model.py")
-    nanogpt = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(nanogpt)
-    for scale, micro, layers in (("mini", 8, 6), ("4m", 8, 8), ("80m", 1, 4)):
+def serve(pipe, folder, scale, micro, layers):
+    """A process that does as many training steps as it is asked for: ours, or with a folder nanoGPT's. 0 ends it."""
+    if folder:
+        spec = importlib.util.spec_from_file_location("nanogpt_model", Path(folder) / "model.py")
+        nanogpt = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(nanogpt)
         c = gpt_config(scale, n_layer=layers)
-        same = gpt_config(scale, n_layer=layers, ffn_dim=round(8 / 3 * c.n_embd / 8) * 8)
-        theirs = nanogpt.GPT(nanogpt.GPTConfig(block_size=c.block_size, vocab_size=c.vocab_size, n_layer=layers, n_head=c.n_head,
-                                               n_embd=c.n_embd, dropout=0.0, bias=False))
-        sides = {"ours": train_step(GPT(same), same, micro), "nanoGPT": train_step(theirs, c, micro)}
-        seconds = in_turns(sides, rounds if scale != "80m" else 3)
-        show(f"{scale}, {layers} layers, compiled", seconds, "ours", "nanoGPT", micro * c.block_size, "tokens/s")
+        model = nanogpt.GPT(nanogpt.GPTConfig(block_size=c.block_size, vocab_size=c.vocab_size, n_layer=layers, n_head=c.n_head,
+                                              n_embd=c.n_embd, dropout=0.0, bias=False))
+    else:
+        system.keep_freed_memory()
+        # its MLP has 4 * n_embd and two matrices; ours three, so this ffn_dim has as many weights
+        c = gpt_config(scale, n_layer=layers, ffn_dim=round(8 / 3 * gpt_config(scale).n_embd / 8) * 8)
+        model = GPT(c).init_weights(torch.Generator().manual_seed(0))
+    step = train_step(model, c, micro)
+    while steps := pipe.recv():
+        for _ in range(steps):
+            step()
+        pipe.send(steps)
+
+
+def bench_nanogpt(folder, rounds=9):
+    """Tokens/s of a step against nanoGPT's model at the same layers, width, heads, vocabulary, context, batch, dtype and number of
+    weights, each in a process of its own as its users run it, both compiled."""
+    spawn = multiprocessing.get_context("spawn")
+    for scale, micro, layers, steps in (("mini", 8, 6, 10), ("4m", 8, 8, 3), ("80m", 1, 4, 1)):
+        sides, pipes = {}, []
+        for name, where in (("ours", None), ("nanoGPT", folder)):
+            here, there = spawn.Pipe()
+            spawn.Process(target=serve, args=(there, where, scale, micro, layers)).start()
+            sides[name] = lambda here=here: (here.send(steps), here.recv())
+            pipes.append(here)
+        seconds = in_turns(sides, rounds)
+        for pipe in pipes:
+            pipe.send(0)
+        show(f"{scale}, {layers} layers, compiled", seconds, "ours", "nanoGPT", steps * micro * gpt_config(scale).block_size, "tokens/s")
 
 
 def bench_looks(rounds=3):

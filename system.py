@@ -1,4 +1,5 @@
 """What depends on the machine: files written whole, locks, compilers, device peaks and memory."""
+import ctypes
 import fcntl
 import os
 import re
@@ -40,6 +41,15 @@ def can_compile(device):
         return True
     except InvalidCxxCompiler:
         return False
+
+
+def keep_freed_memory():
+    """Keep what malloc frees for the next step instead of giving it back to the kernel and faulting it in again: 5 % of a step
+    at mini and 4m, 10 % at 80m on a CPU. glibc only; elsewhere nothing happens. Memory stays at its peak."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block from mmap, which free unmaps
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def training_bytes(c, micro_batch):

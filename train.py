@@ -101,6 +101,8 @@ if device.type == "cuda":
     torch.cuda.set_device(device)
     # training multiplies in bfloat16; what is left in float32 is the probes, and those have to be exact
     torch.backends.cuda.matmul.fp32_precision = "ieee"
+else:
+    system.keep_freed_memory()
 if ddp:
     # gloo beside nccl: the ranks agree on stopping and saving over CPU tensors, without waiting for the GPU
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
