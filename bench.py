@@ -1,15 +1,23 @@
-"""What things cost on this machine, two sides in turns in one process, medians and ratios:
+"""What things cost on this machine, two sides in turns, medians and ratios. Without a name, all of it one after the other:
 
-    python bench.py muon             our batched step against torch.optim.Muon, at the shapes of mini, 4m and 80m
-    python bench.py train            tokens/s of mini and 4m: attention in blocks against scaled_dot_product_attention
-    python bench.py nanogpt DIR      the same against nanoGPT's model in DIR, a checkout of karpathy/nanoGPT
-    python bench.py looks            a probe and a val pass in training steps
-    python bench.py eval             HellaSwag 10-shot against lm-eval's stock hf model; needs requirements-dev.txt
+    python bench.py [NAME ...] [DIR]
+
+    train      tokens/s of mini and 4m: attention in blocks against scaled_dot_product_attention
+    nanogpt    tokens/s of mini, 4m and four layers of 80m against nanoGPT's model; DIR is a checkout of karpathy/nanoGPT
+    muon       our batched step against torch.optim.Muon, at the shapes of mini, 4m and 80m
+    looks      probes and val passes as shares of training
+    start      a run of one step, from the shell's prompt back to it, with a warm compile cache
+    data       data/text/prepare.py against nanoGPT's way on the same text; needs data/poetry
+    figures    plot.py and report.py on a full study: 28 runs of 22 layers
+    eval       HellaSwag 10-shot against lm-eval's stock hf model, float32 and bfloat16; needs requirements-dev.txt
 """
 import importlib.util
+import json
 import multiprocessing
+import os
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -24,7 +32,12 @@ from muon import Muon
 from probe import probe
 
 
-def bench_eval(dtype="float32", rounds=4):
+def bench_eval():
+    for dtype in ("float32", "bfloat16"):
+        eval_in(dtype)
+
+
+def eval_in(dtype, rounds=4):
     """HellaSwag 10-shot at context 2048 on random weights of the 80m shape: items a second of our adapter and of lm-eval's stock
     `hf` model on the exported checkpoint, taken in turns in one process, and the ratio. Needs requirements-dev.txt."""
     from lm_eval.models.huggingface import HFLM
@@ -211,8 +224,72 @@ def bench_looks(rounds=3):
               f"{val_seconds / between:.1%}, a token of it {seconds['val'] / seconds['step']:.2f} of a training token", flush=True)
 
 
+def bench_start(rounds=5):
+    """Seconds of a whole `python train.py` of one step at mini, imports, compilation from the cache, val passes and exit included."""
+    with tempfile.TemporaryDirectory() as folder:
+        def run():
+            out_dir = tempfile.mkdtemp(dir=folder)
+            command([sys.executable, "train.py", "config/mini.py", "config/muon_qk.py", f"--max_tokens={study.scale_config('mini')['batch_tokens']}",
+                     f"--out_dir={out_dir}"])
+        print(f"start: a run of one step {statistics.median(in_turns({'run': run}, rounds)['run']):.1f} s")
+
+
+def command(args):
+    """Run it in this folder, quietly, a thread a process as sweep.sh does."""
+    done = subprocess.run(args, cwd=Path(__file__).parent, env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+
+
+def bench_data(rounds=3, n_tokens=16_000_000):
+    """Bytes of text a second, a JSON-lines file to token files. nanoGPT's way: `datasets` maps encode_ordinary over the documents
+    with a process a core, then writes the ids of 1024 shards one after the other."""
+    import datasets
+    import numpy as np
+    sys.path.insert(0, str(Path(__file__).parent / "data"))
+    import tokens
+    poetry, encoding = Path(__file__).parent / "data" / "poetry", tokens.get_encoding("gpt2")
+    whole = tokens.load_bin(poetry, "train", 4096)[:n_tokens]
+    documents = tokens.get_encoding("gpt2-4096").decode(whole.tolist()).split("<|endoftext|>")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "text.jsonl"
+        file.write_text("".join(json.dumps(dict(text=text)) + "\n" for text in documents if text))
+
+        def ours():
+            command([sys.executable, "data/text/prepare.py", str(file), f"--out={tempfile.mkdtemp(dir=folder)}"])
+
+        def theirs():
+            cache = tempfile.mkdtemp(dir=folder)
+            rows = datasets.load_dataset("json", data_files=str(file), split="train", cache_dir=cache)
+            rows = rows.map(lambda row: dict(ids=encoding.encode_ordinary(row["text"]) + [encoding.eot_token]), remove_columns=["text"],
+                            num_proc=os.cpu_count())
+            with open(Path(cache) / "train.bin", "wb") as f:
+                for i in range(1024):
+                    shard = rows.shard(1024, i, contiguous=True).with_format("numpy")
+                    np.concatenate(shard["ids"]).astype(np.uint16).tofile(f)
+
+        datasets.disable_progress_bars()
+        show("data", in_turns({"ours": ours, "nanoGPT's way": theirs}, rounds), "ours", "nanoGPT's way", file.stat().st_size / 1e6, "MB/s")
+
+
+def bench_figures():
+    import synthetic
+    with tempfile.TemporaryDirectory() as folder:
+        synthetic.make_study(Path(folder) / "80m", scale="80m")
+        seconds = in_turns({script: lambda script=script: command([sys.executable, script, str(Path(folder) / "80m")])
+                            for script in ("plot.py", "report.py")}, 3)
+        print("figures of a full study: " + ", ".join(f"{script} {statistics.median(s):.1f} s" for script, s in seconds.items()))
+
+
 if __name__ == "__main__":
-    benches = {name.removeprefix("bench_"): f for name, f in list(globals().items()) if name.startswith("bench_")}
-    if len(sys.argv) < 2 or sys.argv[1] not in benches:
-        sys.exit(f"error: usage: python bench.py {'|'.join(benches)}")
-    benches[sys.argv[1]](*sys.argv[2:])
+    benches = {name: globals()[f"bench_{name}"] for name in ("train", "nanogpt", "muon", "looks", "start", "data", "figures", "eval")}
+    folders = [word for word in sys.argv[1:] if word not in benches]
+    if len(folders) > 1 or folders and not (Path(folders[0]) / "model.py").exists():
+        sys.exit(f"error: {' '.join(folders)} is neither a name nor a checkout of nanoGPT: names are {' '.join(benches)}")
+    for name in [word for word in sys.argv[1:] if word in benches] or benches:
+        if name != "nanogpt":
+            benches[name]()
+        elif folders:
+            bench_nanogpt(folders[0])
+        else:
+            print("nanogpt: left out, it needs the folder of a checkout of karpathy/nanoGPT")
