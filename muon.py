@@ -64,10 +64,10 @@ def orthogonalize_shared(matrices):
     if not dist.is_initialized():
         return orthogonalize(torch.stack(matrices))
     world, rank = dist.get_world_size(), dist.get_rank()
-    share = -(-len(matrices) // world)  # padded to equal shares, which all_gather_into_tensor needs
+    share = -(-len(matrices) // world)  # padded to equal shares, which all_gather_single needs
     mine = matrices[rank * share:(rank + 1) * share]
     mine = mine + [torch.zeros_like(matrices[0])] * (share - len(mine))
     mine = orthogonalize(torch.stack(mine))
     whole = mine.new_empty(world * share, *mine.shape[1:])
-    dist.all_gather_into_tensor(whole, mine)
+    dist.all_gather_single(whole, mine)
     return whole[:len(matrices)]
