@@ -361,7 +361,7 @@ def plan(scale, study_dir):
           f"each weight in a matrix product, 6 * n_layer * n_embd * T for causal attention), val passes included")
     print(f"  disk   {disk / 1e9:.1f} GB of checkpoints and spectra, {missing_data / 1e9:.1f} GB of data to prepare")
     rows = [m for m in (1, 2, 4, 8, 16, 32) if c["batch_tokens"] // c["block_size"] % m == 0]
-    print("  memory a device by micro-batch, at most: " +
+    print("  memory of a training step by micro-batch, at most: " +
           ", ".join(f"{m}: {system.training_bytes(gpt_config, m) / 2**30:.1f} GiB" for m in rows))
     existing = next(p for p in [study_dir, *study_dir.parents] if p.exists())
     free = shutil.disk_usage(existing).free
