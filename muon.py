@@ -5,16 +5,19 @@ transpose, are stacked and orthogonalised in one call.
 import torch
 import torch.distributed as dist
 
+from system import has_bfloat16
+
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan et al.: steepest at zero, so five steps do
 NS_STEPS = 5
 CPU_CHUNK = 2**20  # elements of a stack that a CPU takes at once, so that it stays in cache
 
 
 def orthogonalize(G, steps=NS_STEPS):
-    """Newton-Schulz in bfloat16 on a stack G (N, rows, cols) with rows <= cols: singular values of each matrix go to
-    about 0.7 to 1.2, directions stay. Returns (N, rows, cols) bfloat16."""
+    """Newton-Schulz on a stack G (N, rows, cols) with rows <= cols: singular values of each matrix go to about 0.7 to
+    1.2, directions stay. Returns (N, rows, cols): bfloat16, or float32 where the device has no bfloat16 products, which
+    only leaves rounding out and is ten times faster there."""
     a, b, c = NS_COEFFICIENTS
-    X = G.bfloat16()
+    X = G.to(torch.bfloat16 if has_bfloat16(G.device) else torch.float32)
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # spectral norm at most 1
     for _ in range(steps):
         A = X @ X.mT

@@ -29,6 +29,15 @@ def device_name(device):
     return f"CPU {models[0]}" if models else "CPU"
 
 
+def has_bfloat16(device):
+    """Whether a device multiplies bfloat16 matrices in hardware. A CPU without it is 8 to 14 x slower in bfloat16 than in float32.
+    CPUs that are not x86 count as without: none was measured."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    capabilities = torch.cpu.get_capabilities()
+    return capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
+
+
 def can_compile(device):
     """Whether torch.compile has what it generates code with: a C++ compiler on a CPU, Triton on a GPU."""
     if torch.device(device).type == "cuda":

@@ -35,9 +35,7 @@ def test_nothing_recompiles_between_steps(tmp_path, data):  # noqa: F811
     assert done.returncode == 0, done.stderr
     if "running eager" in done.stdout:
         pytest.skip("no C++ compiler")
-    recompiles = [line for line in done.stderr.splitlines() if "Recompiling function" in line]
-    assert len(recompiles) == 1, done.stderr  # from evaluation's graph, without gradient, to training's
-    assert "Graph break" not in done.stderr
+    assert "Recompiling function" not in done.stderr and "Graph break" not in done.stderr  # one graph for training and evaluation
 
 
 def test_the_step_reads_nothing_from_the_device():
