@@ -2,6 +2,7 @@
 
     python bench.py [NAME ...] [DIR]
 
+    dtype      tokens/s of mini in dtype auto against the other one
     train      tokens/s of mini and 4m: attention in blocks against scaled_dot_product_attention
     nanogpt    tokens/s of mini, 4m and four layers of 80m against nanoGPT's model; DIR is a checkout of karpathy/nanoGPT
     muon       our batched step against torch.optim.Muon, at the shapes of mini, 4m and 80m
@@ -32,8 +33,12 @@ from muon import Muon
 from probe import probe
 
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+AUTO = "bfloat16" if system.has_bfloat16(DEVICE) else "float32"  # train.py's dtype auto; both sides of a comparison have it
+
+
 def bench_eval():
-    for dtype in ("float32", "bfloat16"):
+    for dtype in sorted({"float32", AUTO}):
         eval_in(dtype)
 
 
@@ -44,7 +49,7 @@ def eval_in(dtype, rounds=4):
 
     import evaluate
     import export
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = DEVICE
     items, batch = (2, 1) if device == "cpu" else (64, 32)  # of a round, and the stock model's batch
     rng = random.Random(0)
     encoding = evaluate.get_encoding("gpt2")
@@ -114,28 +119,29 @@ def gpt_config(scale, **changes):
 
 
 def bench_muon(rounds=7):
-    """Seconds of an optimizer step on a model's hidden matrices, same gradients."""
-    for scale in ("mini", "4m", "80m"):
+    """Seconds of an optimizer step on a model's hidden matrices, same gradients. Two layers of 80m where torch.optim.Muon, which
+    always multiplies in bfloat16, would take minutes a step."""
+    for scale, layers in (("mini", 6), ("4m", 8), ("80m", 22 if AUTO == "bfloat16" else 2)):
         sides = {}
         for name, optimizer in (("ours", lambda p: Muon(p, lr=1e-3)),
                                 ("torch.optim.Muon", lambda p: torch.optim.Muon(p, lr=1e-3, adjust_lr_fn="match_rms_adamw"))):
-            params = [p for p in GPT(gpt_config(scale)).h.parameters() if p.ndim == 2]
+            params = [p for p in GPT(gpt_config(scale, n_layer=layers)).h.parameters() if p.ndim == 2]
             for p in params:
                 p.grad = torch.randn_like(p)
             sides[name] = optimizer(params).step
-        show(f"muon step, {scale}", in_turns(sides, rounds if scale != "80m" else 3), "ours", "torch.optim.Muon")
+        show(f"muon step, {scale}, {layers} layers", in_turns(sides, rounds if scale != "80m" else 3), "ours", "torch.optim.Muon")
 
 
-def train_step(model, c, micro):
-    """A function that does one bfloat16 training step on random tokens, AdamW, compiled as in train.py."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+def train_step(model, c, micro, dtype=AUTO):
+    """A function that does one training step on random tokens, AdamW, compiled as in train.py."""
+    device = DEVICE
     model = model.to(device)
     forward = torch.compile(model, dynamic=False)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     block = torch.randint(0, c.vocab_size, (micro, c.block_size + 1), device=device)
 
     def step():
-        with torch.autocast(device, dtype=torch.bfloat16):
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
             loss = forward(block[:, :-1].contiguous(), block[:, 1:].contiguous())
         loss = loss[1] if isinstance(loss, tuple) else loss
         loss.backward()
@@ -143,6 +149,14 @@ def train_step(model, c, micro):
         optimizer.zero_grad(set_to_none=True)
 
     return step
+
+
+def bench_dtype(rounds=3, micro=8):
+    """Tokens/s of a step in what dtype auto takes and in the other one."""
+    c = gpt_config("mini")
+    sides = {dtype: train_step(GPT(c).init_weights(torch.Generator().manual_seed(0)), c, micro, dtype) for dtype in ("bfloat16", "float32")}
+    other = "float32" if AUTO == "bfloat16" else "bfloat16"
+    show("dtype, mini", in_turns(sides, rounds), AUTO, other, micro * c.block_size, "tokens/s")
 
 
 def bench_train(rounds=9):
@@ -204,7 +218,7 @@ def bench_nanogpt(folder, rounds=9):
 
 def bench_looks(rounds=3):
     """A probe and a val pass as shares of the training between two looks, at each scale's own cadence."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = DEVICE
     for scale, micro in (("mini", 8), ("4m", 8), ("80m", 1)):
         config, c = study.scale_config(scale), gpt_config(scale)
         model = GPT(c).init_weights(torch.Generator().manual_seed(0)).to(device)
@@ -212,9 +226,8 @@ def bench_looks(rounds=3):
         idx = torch.randint(0, c.vocab_size, (config["probe_tokens"] // c.block_size, c.block_size), device=device)
         block = torch.randint(0, c.vocab_size, (micro, c.block_size), device=device)
 
-        @torch.no_grad()
         def val():
-            with torch.autocast(device, dtype=torch.bfloat16):
+            with torch.autocast(device, dtype=torch.bfloat16, enabled=AUTO == "bfloat16"):
                 forward(block, block)
 
         seconds = {k: statistics.median(v) for k, v in in_turns({"step": step, "probe": lambda: probe(model, idx), "val": val}, rounds).items()}
@@ -282,7 +295,7 @@ def bench_figures():
 
 
 if __name__ == "__main__":
-    benches = {name: globals()[f"bench_{name}"] for name in ("train", "nanogpt", "muon", "looks", "start", "data", "figures", "eval")}
+    benches = {name: globals()[f"bench_{name}"] for name in ("dtype", "train", "nanogpt", "muon", "looks", "start", "data", "figures", "eval")}
     folders = [word for word in sys.argv[1:] if word not in benches]
     if len(folders) > 1 or folders and not (Path(folders[0]) / "model.py").exists():
         sys.exit(f"error: {' '.join(folders)} is neither a name nor a checkout of nanoGPT: names are {' '.join(benches)}")

@@ -72,6 +72,16 @@ def test_peak_is_looked_up_or_unknown(monkeypatch, name, peak):
     assert system.peak_flops("cuda") == peak
 
 
+@pytest.mark.parametrize("capabilities, has", [
+    (dict(architecture="x86_64", avx2=True, avx512_f=False, avx512_bf16=False, amx_bf16=False), False),
+    (dict(architecture="x86_64", avx2=True, avx512_f=True, avx512_bf16=False, amx_bf16=False), False),  # emulated there
+    (dict(architecture="x86_64", avx512_f=True, avx512_bf16=True, amx_bf16=False), True),
+    (dict(architecture="x86_64", avx512_f=True, avx512_bf16=True, amx_bf16=True), True), (dict(architecture="arm64", bf16=True), False)])
+def test_bfloat16_where_the_cpu_has_it(monkeypatch, capabilities, has):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert system.has_bfloat16("cpu") is has
+
+
 def test_micro_batch_fits():
     c = GPTConfig()
     assert system.fitting_micro_batch(c, 16, "cpu") == 4 and system.fitting_micro_batch(c, 3, "cpu") == 3

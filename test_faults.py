@@ -303,7 +303,7 @@ def torchrun(out, data_dir, n, *args, arm="muon_qk", ok=True):
 
 @pytest.mark.parametrize("arm, numbers", [("muon_qk", (2, 4)), ("adamw", (2,))])
 def test_one_two_and_four_processes_agree(tmp_path, data, arm, numbers):  # noqa: F811
-    """To 1e-4 over 20 steps in float32. Newton-Schulz rounds to bfloat16 whatever the dtype, so that a last bit in a
+    """To 1e-4 over 20 steps in float32. Newton-Schulz rounds to bfloat16 where the device multiplies it, whatever the dtype, so that a last bit in a
     gradient can move a Muon update by 1/256: hence the modest learning rate."""
     args = ["--learning_rate=0.002"]
     train(tmp_path / "1", data, *args, arm=arm)

@@ -17,7 +17,9 @@ import pytest
 import torch
 
 import configurator
+import muon
 import study
+import system
 from model import GPT, GPTConfig, RMSNorm, causal_blocks
 from muon import Muon, orthogonalize
 from probe import attention_stats, gram, pr1, pr2, probe, singular_values
@@ -277,7 +279,12 @@ def test_scores_of_packed_texts_are_not_rounded():
 
 
 # ---- muon.py
-def test_muon_equals_torch_optim_muon():
+BOTH_KINDS_OF_DEVICE = pytest.mark.parametrize("bfloat16", [True, False])  # with bfloat16 products and without
+
+
+@BOTH_KINDS_OF_DEVICE
+def test_muon_equals_torch_optim_muon(monkeypatch, bfloat16):
+    monkeypatch.setattr(muon, "has_bfloat16", lambda device: bfloat16)
     shapes = [(64, 64)] * 4 + [(128, 64)] * 2 + [(64, 128), (128, 352), (352, 128), (128, 128)]
     g = torch.Generator().manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(s, generator=g) * 0.02) for s in shapes]
@@ -293,6 +300,21 @@ def test_muon_equals_torch_optim_muon():
         for p, q, (p0, q0) in zip(ours, theirs, before):
             update, reference = p - p0, q - q0
             assert (update - reference).norm() / reference.norm() < 0.02, (step, tuple(p.shape))  # bf16 rounding over five products
+
+
+@BOTH_KINDS_OF_DEVICE
+def test_newton_schulz_is_its_polynomial_on_singular_values(monkeypatch, bfloat16):
+    """Exactly, U p(p(p(p(p(s / |s|))))) V^T: from numpy's SVD in float64, to rounding in either dtype."""
+    monkeypatch.setattr(muon, "has_bfloat16", lambda device: bfloat16)
+    G = torch.randn(3, 64, 192, generator=torch.Generator().manual_seed(0))
+    u, s, vh = np.linalg.svd(G.double().numpy(), full_matrices=False)
+    s /= np.sqrt((s ** 2).sum(-1, keepdims=True))
+    a, b, c = 3.4445, -4.7750, 2.0315
+    for _ in range(5):
+        s = a * s + b * s ** 3 + c * s ** 5
+    expected, got = (u * s[:, None]) @ vh, orthogonalize(G)
+    assert got.dtype == (torch.bfloat16 if bfloat16 else torch.float32)
+    assert np.linalg.norm(got.double().numpy() - expected) / np.linalg.norm(expected) < (0.02 if bfloat16 else 1e-5)
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (64, 256), (128, 352)])
@@ -436,6 +458,15 @@ def test_run_again_is_a_no_op_and_other_settings_are_refused(runs, data):
     line = train(runs / "muon_qk-seed42", data, "--weight_decay=0.2", ok=False)
     assert "weight_decay 0.1 -> 0.2" in line
     assert before == {p.name: p.read_bytes() for p in (runs / "muon_qk-seed42").iterdir() if p.is_file() and p.name != "lock"}
+
+
+def test_dtype_auto_is_what_the_device_multiplies_and_is_written_down(tmp_path, data):
+    train(tmp_path / "r", data, "--max_tokens=64", "--dtype=auto")
+    dtype = json.loads((tmp_path / "r/config.json").read_text())["dtype"]
+    assert dtype == ("bfloat16" if system.has_bfloat16("cpu") else "float32")
+    assert "nothing to do" in train(tmp_path / "r", data, "--max_tokens=64", f"--dtype={dtype}")
+    other = {"bfloat16": "float32", "float32": "bfloat16"}[dtype]
+    assert f"dtype '{dtype}' -> '{other}'" in train(tmp_path / "r", data, "--max_tokens=64", f"--dtype={other}", ok=False)
 
 
 def test_final_block_can_be_grepped(tmp_path, data):
