@@ -136,7 +136,11 @@ def train_step(model, c, micro, dtype=AUTO):
     """A function that does one training step on random tokens, AdamW, compiled as in train.py."""
     device = DEVICE
     model = model.to(device)
-    forward = torch.compile(model, dynamic=False)
+    if isinstance(model, GPT):
+        model.compile_parts()
+        forward = model
+    else:
+        forward = torch.compile(model, dynamic=False)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     block = torch.randint(0, c.vocab_size, (micro, c.block_size + 1), device=device)
 
@@ -222,13 +226,13 @@ def bench_looks(rounds=3):
     for scale, micro in (("mini", 8), ("4m", 8), ("80m", 1)):
         config, c = study.scale_config(scale), gpt_config(scale)
         model = GPT(c).init_weights(torch.Generator().manual_seed(0)).to(device)
-        step, forward = train_step(model, c, micro), torch.compile(model, dynamic=False)
+        step = train_step(model, c, micro)
         idx = torch.randint(0, c.vocab_size, (config["probe_tokens"] // c.block_size, c.block_size), device=device)
         block = torch.randint(0, c.vocab_size, (micro, c.block_size), device=device)
 
         def val():
             with torch.autocast(device, dtype=torch.bfloat16, enabled=AUTO == "bfloat16"):
-                forward(block, block)
+                model(block, block)
 
         seconds = {k: statistics.median(v) for k, v in in_turns({"step": step, "probe": lambda: probe(model, idx), "val": val}, rounds).items()}
         between = seconds["step"] * config["log_interval"] * config["batch_tokens"] / block.numel()

@@ -73,7 +73,7 @@ def probe(model, idx):
             # one sequence at a time: T^2 scores of a whole batch would not fit at 80m
             entropy, logit = zip(*(attention_stats(q_rot[b], k_rot[b]) for b in range(B)))
             stats.append(torch.stack([torch.stack(entropy).mean(), torch.stack(logit).max()]))
-            x = block(x, cos, sin)
+            x = block.forward(x, cos, sin)  # not what train.py compiled: that is for its own shapes
     s = singular_values(torch.stack(grams))  # (n_layer, 4, n_head, head_dim)
     prs = torch.stack([pr1(s[:, 0]), pr2(s[:, 1]), pr1(s[:, 2]), pr2(s[:, 3])], dim=1).mean(-1)  # mean over heads
     table = torch.cat([prs, torch.stack(stats).double().cpu()], dim=1)

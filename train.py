@@ -204,7 +204,8 @@ assert len(grouped) == len(set(grouped)) and set(grouped) == set(model.parameter
 if compile and not system.can_compile(device):
     say("torch.compile needs a C++ compiler, and none was found: running eager, slower")
     compile = False
-forward = torch.compile(model, dynamic=False) if compile else model
+if compile:
+    model.compile_parts()
 autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
 
 
@@ -252,14 +253,14 @@ def train_batch(index, m):
 
 def evaluate():
     """Mean loss in nats over the val set: every token once, in order, in blocks of block_size. Not under no_grad, so that training's
-    own graph does it: a second one takes seconds to trace and load in every run, and saves 1 % of a val pass at 80m, 15 % at mini."""
+    own graphs do it: others take seconds to trace and load in every run, and save 1 % of a val pass at 80m, 15 % at mini."""
     n = len(val_data) - 1
     total = torch.zeros((), dtype=torch.float64, device=device)
     starts = range(0, n, block_size)
     for b in range(rank * micro, len(starts), world * micro):
         blocks = [val_data[start:start + block_size + 1] for start in starts[b:b + micro]]
         with autocast:
-            loss = forward(*batch_of(blocks)).detach()
+            loss = model(*batch_of(blocks)).detach()
         total += loss.double() * sum(len(block) - 1 for block in blocks)
     if ddp:
         dist.all_reduce(total)
@@ -444,7 +445,7 @@ def main():
         for m in range(local // micro):
             x, y = train_batch(index, m)
             with autocast:
-                loss = forward(x, y) / (sequences // micro)
+                loss = model(x, y) / (sequences // micro)
             loss.backward()
             train_loss += loss.detach()
         if ddp:
@@ -472,7 +473,7 @@ def main():
     final = study.load_run(out_dir) if master else None
     say("---")
     for key, value in dict(
-            arm=arm, seed=seed, learning_rate=f"{learning_rate:g}", num_params=model.num_params(), tokens=step * batch_tokens,
+            arm=arm, seed=seed, learning_rate=f"{learning_rate:g}", dtype=dtype, num_params=model.num_params(), tokens=step * batch_tokens,
             val_loss=f"{final['val_loss'] or math.nan:.6f}", mean_pr=f"{final['rows'][-1].get('mean_pr', math.nan):.4f}",
             train_seconds=f"{train_seconds:.1f}", total_seconds=f"{time.time() - start:.1f}", tokens_per_s=f"{speed:.0f}",
             mfu=f"{speed * flops / world / peak:.4f}" if peak else "unknown", peak_memory_mb=f"{memory / 2**20:.0f}",
