@@ -49,8 +49,7 @@ def eval_in(dtype, rounds=4):
 
     import evaluate
     import export
-    device = DEVICE
-    items, batch = (2, 1) if device == "cpu" else (64, 32)  # of a round, and the stock model's batch
+    items, batch = (2, 1) if DEVICE == "cpu" else (64, 32)  # of a round, and the stock model's batch
     rng = random.Random(0)
     encoding = evaluate.get_encoding("gpt2")
     words = [w for w in map(encoding.decode, ([i] for i in range(256, 6000))) if w.startswith(" ") and w[1:].isalpha()]
@@ -68,9 +67,9 @@ def eval_in(dtype, rounds=4):
         torch.save(dict(model=GPT(config).init_weights(torch.Generator().manual_seed(0)).state_dict(), step=1, tokens=1,
                         config=dict(vars(config), data=dict(tokenizer="gpt2"))), checkpoint)
         export.export(checkpoint, Path(folder) / "hf")
-        hf = HFLM(pretrained=str(Path(folder) / "hf"), device=device, dtype=dtype, batch_size=batch)
+        hf = HFLM(pretrained=str(Path(folder) / "hf"), device=DEVICE, dtype=dtype, batch_size=batch)
         ours = evaluate.adapter(encoding, config.block_size)
-        ours.model, ours.dtype = evaluate.load_checkpoint(checkpoint, device)[0], dtype
+        ours.model, ours.dtype = evaluate.load_checkpoint(checkpoint, DEVICE)[0], dtype
     seconds, worst = {"ours": [], "hf": []}, 0.0
     for r in range(rounds):
         requests = task.instances[r * items * 4:(r + 1) * items * 4]
@@ -84,7 +83,7 @@ def eval_in(dtype, rounds=4):
     per = {name: statistics.median(s) for name, s in seconds.items()}
     ratios = [theirs / ours for theirs, ours in zip(seconds["hf"], seconds["ours"])]
     for key, value in dict(
-            device=device, dtype=dtype, items=items * rounds, prompt_tokens=f"{min(lengths)} to {max(lengths)}",
+            device=DEVICE, dtype=dtype, items=items * rounds, prompt_tokens=f"{min(lengths)} to {max(lengths)}",
             ours_s_per_item=f"{per['ours']:.3f}", hf_s_per_item=f"{per['hf']:.3f}", largest_difference_nats=f"{worst:.2e}",
             ratio=f"{statistics.median(ratios):.2f}", ratio_by_round=" ".join(f"{r:.2f}" for r in ratios),
             ).items():
@@ -134,18 +133,17 @@ def bench_muon(rounds=7):
 
 def train_step(model, c, micro, dtype=AUTO):
     """A function that does one training step on random tokens, AdamW, compiled as in train.py."""
-    device = DEVICE
-    model = model.to(device)
+    model = model.to(DEVICE)
     if isinstance(model, GPT):
         model.compile_parts()
         forward = model
     else:
         forward = torch.compile(model, dynamic=False)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    block = torch.randint(0, c.vocab_size, (micro, c.block_size + 1), device=device)
+    block = torch.randint(0, c.vocab_size, (micro, c.block_size + 1), device=DEVICE)
 
     def step():
-        with torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
             loss = forward(block[:, :-1].contiguous(), block[:, 1:].contiguous())
         loss = loss[1] if isinstance(loss, tuple) else loss
         loss.backward()
@@ -222,16 +220,15 @@ def bench_nanogpt(folder, rounds=9):
 
 def bench_looks(rounds=3):
     """A probe and a val pass as shares of the training between two looks, at each scale's own cadence."""
-    device = DEVICE
     for scale, micro in (("mini", 8), ("4m", 8), ("80m", 1)):
         config, c = study.scale_config(scale), gpt_config(scale)
-        model = GPT(c).init_weights(torch.Generator().manual_seed(0)).to(device)
+        model = GPT(c).init_weights(torch.Generator().manual_seed(0)).to(DEVICE)
         step = train_step(model, c, micro)
-        idx = torch.randint(0, c.vocab_size, (config["probe_tokens"] // c.block_size, c.block_size), device=device)
-        block = torch.randint(0, c.vocab_size, (micro, c.block_size), device=device)
+        idx = torch.randint(0, c.vocab_size, (config["probe_tokens"] // c.block_size, c.block_size), device=DEVICE)
+        block = torch.randint(0, c.vocab_size, (micro, c.block_size), device=DEVICE)
 
         def val():
-            with torch.autocast(device, dtype=torch.bfloat16, enabled=AUTO == "bfloat16"):
+            with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=AUTO == "bfloat16"):
                 model(block, block)
 
         seconds = {k: statistics.median(v) for k, v in in_turns({"step": step, "probe": lambda: probe(model, idx), "val": val}, rounds).items()}

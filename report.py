@@ -208,8 +208,9 @@ def experiment_config(c, data=None, learning_rates=None):
         "Validation tokens": f"{c['eval_tokens'] or data.get('val_tokens') or 5_000_000:,}, the same every time, never "
                              f"trained on",
         "Probe tokens": f"{c['probe_tokens'] // c['block_size'] * c['block_size']:,} of the validation set",
-        "Precision": "bfloat16 autocast over float32 weights" + (" where the device multiplies bfloat16 in hardware, else float32"
-                     if c["dtype"] == "auto" else "") if c["dtype"] != "float32" else "float32",
+        "Precision": {"float32": "float32", "bfloat16": "bfloat16 autocast over float32 weights",
+                      "auto": "bfloat16 autocast over float32 weights where the device multiplies bfloat16 in hardware, "
+                              "else float32"}[c["dtype"]],
         "Learning rates": learning_rates or "grids " + "; ".join(f"{LABELS[a]} {join(f'{x:g}' for x in g)}" for a,
                                                                  g in SCALES[c["scale"]]["grids"].items())}
     return "\n".join(["# Experiment configuration", "", "```", *(f"{k}: {v}" for k, v in fields.items()), "```", ""])
