@@ -34,7 +34,7 @@ def assignments(path, until=None):
         raise ValueError(f"{path}, line {e.lineno}: not a plain assignment: write `key = value`") from None
     lines, found = text.splitlines(), []
     for node in body:
-        if until and until in (ast.get_source_segment(text, node) or ""):
+        if until and until in ast.unparse(node):
             break
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) or until and not isinstance(node, ast.Assign):
             continue  # docstring, or an import of the script itself
