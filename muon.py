@@ -9,15 +9,19 @@ from system import has_bfloat16
 
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan et al.: steepest at zero, so five steps do
 NS_STEPS = 5
-CPU_CHUNK = 2**20  # elements of a stack that a CPU takes at once, so that it stays in cache
+CPU_CHUNK = {torch.bfloat16: 2**20, torch.float32: 2**18}  # elements of a stack that a CPU takes at once, so that it stays in cache
+
+
+def working_dtype(device):
+    """bfloat16, or float32 where the device has no bfloat16 products: that only leaves rounding out, and is ten times faster there."""
+    return torch.bfloat16 if has_bfloat16(device) else torch.float32
 
 
 def orthogonalize(G, steps=NS_STEPS):
     """Newton-Schulz on a stack G (N, rows, cols) with rows <= cols: singular values of each matrix go to about 0.7 to
-    1.2, directions stay. Returns (N, rows, cols): bfloat16, or float32 where the device has no bfloat16 products, which
-    only leaves rounding out and is ten times faster there."""
+    1.2, directions stay. Returns (N, rows, cols) in the device's working_dtype."""
     a, b, c = NS_COEFFICIENTS
-    X = G.to(torch.bfloat16 if has_bfloat16(G.device) else torch.float32)
+    X = G.to(working_dtype(G.device))
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # spectral norm at most 1
     for _ in range(steps):
         A = X @ X.mT
@@ -49,7 +53,8 @@ class Muon(torch.optim.Optimizer):
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
                 stacks.setdefault((min(p.shape), max(p.shape)), []).append(p)
             for (rows, cols), stack in stacks.items():
-                n = max(1, CPU_CHUNK // (rows * cols)) if stack[0].device.type == "cpu" else len(stack)
+                device = stack[0].device
+                n = max(1, CPU_CHUNK[working_dtype(device)] // (rows * cols)) if device.type == "cpu" else len(stack)
                 for chunk in (stack[i:i + n] for i in range(0, len(stack), n)):
                     grads, bufs = [p.grad for p in chunk], [self.state[p]["momentum_buffer"] for p in chunk]
                     torch._foreach_lerp_(bufs, grads, 1 - group["momentum"])
