@@ -103,12 +103,15 @@ def test_bfloat16_where_the_cpu_has_it(monkeypatch, capabilities, has):
 
 
 def test_micro_batch_fits():
-    c = GPTConfig()
-    assert system.fitting_micro_batch(c, 16, "cpu") == 4 and system.fitting_micro_batch(c, 3, "cpu") == 3
+    c, small = GPTConfig(), GPTConfig(block_size=256, vocab_size=4096)
+    for local, dtype, m in ((32, "float32", 4), (32, "bfloat16", 8), (3, "float32", 3), (11, "float32", 1)):
+        assert system.fitting_micro_batch(small, local, "cpu", dtype) == m
+        assert m * 256 * 4096 * (2 if dtype == "bfloat16" else 4) < 2**25
+    assert system.fitting_micro_batch(c, 16, "cpu", "float32") == 1  # larger than what is kept: one at a time
     free = torch.cuda.mem_get_info
     try:
         torch.cuda.mem_get_info = lambda device: (24 * 2**30, 24 * 2**30)
-        m = system.fitting_micro_batch(c, 16, "cuda")
+        m = system.fitting_micro_batch(c, 16, "cuda", "bfloat16")
         assert 16 % m == 0 and system.training_bytes(c, m) < 0.8 * 24 * 2**30 <= system.training_bytes(c, 2 * m)
     finally:
         torch.cuda.mem_get_info = free

@@ -123,7 +123,7 @@ check(not rest and sequences, f"batch_tokens {batch_tokens} is no multiple of bl
 check(sequences % world == 0, f"{sequences} sequences a step do not divide over {world} processes: change batch_tokens")
 local = sequences // world
 gpt_config = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, ffn_dim, qk_norm)
-micro = micro_batch or system.fitting_micro_batch(gpt_config, local, device)
+micro = micro_batch or system.fitting_micro_batch(gpt_config, local, device, dtype)
 check(local % micro == 0, f"{local} sequences a device do not divide into micro-batches of {micro}: change micro_batch")
 
 # ---- data, checked before anything is written
