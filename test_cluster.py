@@ -106,7 +106,6 @@ def test_micro_batch_fits():
     c, small = GPTConfig(), GPTConfig(block_size=256, vocab_size=4096)
     for local, dtype, m in ((32, "float32", 4), (32, "bfloat16", 8), (3, "float32", 3), (11, "float32", 1)):
         assert system.fitting_micro_batch(small, local, "cpu", dtype) == m
-        assert m * 256 * 4096 * (2 if dtype == "bfloat16" else 4) < 2**25
     assert system.fitting_micro_batch(c, 16, "cpu", "float32") == 1  # larger than what is kept: one at a time
     free = torch.cuda.mem_get_info
     try:
