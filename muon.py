@@ -9,7 +9,7 @@ from system import has_bfloat16
 
 NS_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # Jordan et al.: steepest at zero, so five steps do
 NS_STEPS = 5
-CPU_CHUNK = {torch.bfloat16: 2**20, torch.float32: 2**18}  # elements of a stack that a CPU takes at once, so that it stays in cache
+CPU_CHUNK = {torch.bfloat16: 2**20, torch.float32: 2**18}  # elements that a CPU process orthogonalises at once, so that they stay in cache
 
 
 def working_dtype(device):
@@ -46,6 +46,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
+        world = dist.get_world_size() if dist.is_initialized() else 1
         for group in self.param_groups:
             stacks = {}  # wide shape -> parameters, so that up, gate and down share one call
             for p in group["params"]:
@@ -54,7 +55,7 @@ class Muon(torch.optim.Optimizer):
                 stacks.setdefault((min(p.shape), max(p.shape)), []).append(p)
             for (rows, cols), stack in stacks.items():
                 device = stack[0].device
-                n = max(1, CPU_CHUNK[working_dtype(device)] // (rows * cols)) if device.type == "cpu" else len(stack)
+                n = max(1, CPU_CHUNK[working_dtype(device)] // (rows * cols)) * world if device.type == "cpu" else len(stack)
                 for chunk in (stack[i:i + n] for i in range(0, len(stack), n)):
                     grads, bufs = [p.grad for p in chunk], [self.state[p]["momentum_buffer"] for p in chunk]
                     torch._foreach_lerp_(bufs, grads, 1 - group["momentum"])

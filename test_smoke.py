@@ -304,6 +304,22 @@ def test_muon_equals_torch_optim_muon(monkeypatch, bfloat16):
 
 
 @BOTH_KINDS_OF_DEVICE
+def test_ranks_share_newton_schulz_however_small_the_pieces(monkeypatch, bfloat16):
+    """Ten matrices over three ranks in pieces of one matrix a rank: four each, padding included, and not ten."""
+    taken = []
+    monkeypatch.setattr(muon, "has_bfloat16", lambda device: bfloat16)
+    monkeypatch.setattr(muon, "CPU_CHUNK", dict.fromkeys(muon.CPU_CHUNK, 1))
+    monkeypatch.setattr(muon, "orthogonalize", lambda G: taken.append(len(G)) or G)
+    for name, result in (("is_initialized", True), ("get_world_size", 3), ("get_rank", 1), ("all_gather_single", None)):
+        monkeypatch.setattr(muon.dist, name, lambda *args, result=result: result)
+    params = [torch.nn.Parameter(torch.zeros(8, 16)) for _ in range(10)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    Muon(params).step()
+    assert sum(taken) == 4
+
+
+@BOTH_KINDS_OF_DEVICE
 def test_newton_schulz_is_its_polynomial_on_singular_values(monkeypatch, bfloat16):
     """Exactly, U p(p(p(p(p(s / |s|))))) V^T: from numpy's SVD in float64, to rounding in either dtype."""
     monkeypatch.setattr(muon, "has_bfloat16", lambda device: bfloat16)
