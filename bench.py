@@ -7,7 +7,7 @@
     nanogpt    tokens/s of mini, 4m and four layers of 80m against nanoGPT's model; DIR is a checkout of karpathy/nanoGPT
     muon       our batched step against torch.optim.Muon, at the shapes of mini, 4m and 80m
     looks      probes and val passes as shares of training
-    start      a run of one step, from the shell's prompt back to it, with a warm compile cache
+    start      from the shell's prompt to the first training step, and of a run of one step back to it, with a warm compile cache
     data       data/text/prepare.py against nanoGPT's way on the same text; needs data/poetry
     figures    plot.py and report.py on a full study: 28 runs of 22 layers
     eval       HellaSwag 10-shot against lm-eval's stock hf model, float32 and bfloat16; needs requirements-dev.txt
@@ -239,13 +239,23 @@ def bench_looks(rounds=3):
 
 
 def bench_start(rounds=5):
-    """Seconds of a whole `python train.py` of one step at mini, imports, compilation from the cache, val passes and exit included."""
+    """Seconds of a run of one step at mini with a warm compile cache and one thread, as sweep.sh starts it: to its first training step,
+    which begins when step 0 is in the log, and back to the prompt."""
+    first, whole = [], []
     with tempfile.TemporaryDirectory() as folder:
-        def run():
-            out_dir = tempfile.mkdtemp(dir=folder)
-            command([sys.executable, "train.py", "config/mini.py", "config/muon_qk.py", f"--max_tokens={study.scale_config('mini')['batch_tokens']}",
-                     f"--out_dir={out_dir}"])
-        print(f"start: a run of one step {statistics.median(in_turns({'run': run}, rounds)['run']):.1f} s")
+        for r in range(rounds + 1):  # the first one warms the cache
+            out_dir = Path(folder) / str(r)
+            args = [sys.executable, "train.py", "config/mini.py", "config/muon_qk.py", f"--out_dir={out_dir}",
+                    f"--max_tokens={study.scale_config('mini')['batch_tokens']}"]
+            start = time.perf_counter()
+            run = subprocess.Popen(args, cwd=Path(__file__).parent, env=dict(os.environ, OMP_NUM_THREADS="1"), stdout=subprocess.DEVNULL)
+            while run.poll() is None and not (out_dir / "log.jsonl").exists():
+                time.sleep(0.01)
+            first.append(time.perf_counter() - start)
+            if run.wait():
+                sys.exit(run.returncode)
+            whole.append(time.perf_counter() - start)
+    print(f"start: to the first training step {statistics.median(first[1:]):.1f} s, a run of one step {statistics.median(whole[1:]):.1f} s")
 
 
 def command(args):
