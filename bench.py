@@ -231,11 +231,12 @@ def bench_looks(rounds=3):
             with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=AUTO == "bfloat16"):
                 model(block, block)
 
-        seconds = {k: statistics.median(v) for k, v in in_turns({"step": step, "probe": lambda: probe(model, idx), "val": val}, rounds).items()}
+        sides = {"step": step, "probe": lambda: probe(model, idx), "val": val}
+        seconds = {name: statistics.median(s) for name, s in in_turns(sides, rounds).items()}
         between = seconds["step"] * config["log_interval"] * config["batch_tokens"] / block.numel()
         val_seconds = seconds["val"] * (config["eval_tokens"] or 5_000_000) / block.numel()
-        print(f"looks {scale}: probe {seconds['probe']:.2f} s, {seconds['probe'] / between:.2%} of the training between two looks; val pass "
-              f"{val_seconds / between:.1%}, a token of it {seconds['val'] / seconds['step']:.2f} of a training token", flush=True)
+        print(f"looks {scale}: probe {seconds['probe']:.2f} s, {seconds['probe'] / between:.2%} of the training between two looks; "
+              f"val pass {val_seconds / between:.1%}, a token of it {seconds['val'] / seconds['step']:.2f} of a training token", flush=True)
 
 
 def bench_start(rounds=5):
@@ -306,7 +307,8 @@ def bench_figures():
 
 
 if __name__ == "__main__":
-    benches = {name: globals()[f"bench_{name}"] for name in ("dtype", "train", "nanogpt", "muon", "looks", "start", "data", "figures", "eval")}
+    names = "dtype train nanogpt muon looks start data figures eval".split()
+    benches = {name: globals()[f"bench_{name}"] for name in names}
     folders = [word for word in sys.argv[1:] if word not in benches]
     if len(folders) > 1 or folders and not (Path(folders[0]) / "model.py").exists():
         sys.exit(f"error: {' '.join(folders)} is neither a name nor a checkout of nanoGPT: names are {' '.join(benches)}")

@@ -432,7 +432,8 @@ def main():
             save(out_dir / "ckpt_rolling.pt")
             last_save = time.time()
         if stop:
-            say(f"stopped by {signal.Signals(stop).name} at step {step} of {max_steps}, saved in {out_dir}: run the same command again to go on")
+            say(f"stopped by {signal.Signals(stop).name} at step {step} of {max_steps}, saved in {out_dir}: run the same command again "
+                f"to go on")
             sys.exit(128 + stop)
 
         # -- one step of training: nothing in it reads from the device
