@@ -18,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-import post
-import review
-import stats
+from post import text as post
+from post import review
+from post import stats
 from configurator import ROOT, fail, resolve
-from post import FIGURES, PR_DEFINITIONS, join
-from stats import CONTRASTS, PR_NAMES
+from post.text import FIGURES, PR_DEFINITIONS, join
+from post.stats import CONTRASTS, PR_NAMES
 from study import (ARMS, LABELS, LOGIT_FLAG, MAX_EXTENSIONS, SCALES, SEEDS, SWEEP_SEED, chosen, layer_values, load_run,
                    load_runs)
 from system import write_whole
@@ -128,7 +128,7 @@ def registration(scale):
         scenarios=stats.SCENARIOS,
         scenario_order="A, C, B, D: the first whose conditions all hold; otherwise none of the four",
         pr_definitions=PR_DEFINITIONS, pr_rule=f"a PR claim has to hold in sign under {', '.join(PR_NAMES)}",
-        stats_sha256=hashlib.sha256((ROOT / "stats.py").read_bytes()).hexdigest())
+        stats_sha256=hashlib.sha256((ROOT / "post/stats.py").read_bytes()).hexdigest())
 
 
 def preregister(study_dir):

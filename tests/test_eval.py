@@ -19,7 +19,7 @@ import scoring
 from model import GPT, GPTConfig
 
 torch.set_num_threads(1)  # the models are tiny, and pytest runs on all cores
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 LAMBADA = ROOT.parent / "shared" / "data" / "lambada_test.jsonl"
 EOT = 4095
 WORDS = ("the a of in to and he she they it was is had has with for on at by sea wind night day heart love stone light old young "
@@ -511,8 +511,8 @@ def test_wrong_checkpoints_and_folders(study, monkeypatch):
     assert not (study.tmp / "hf").exists()
 
 
-@pytest.mark.parametrize("script, args", [("evaluate.py", ["--ckpt", "none.pt"]), ("evaluate.py", ["none"]), ("export.py", ["none.pt", "hf"]),
-                                          ("export.py", ["none.pt"])])
+@pytest.mark.parametrize("script, args", [("evaluate.py", ["--ckpt", "none.pt"]), ("evaluate.py", ["none"]), ("tools/export.py", ["none.pt", "hf"]),
+                                          ("tools/export.py", ["none.pt"])])
 def test_errors_are_one_line(script, args, tmp_path):
     done = subprocess.run([sys.executable, ROOT / script, *args], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == "" and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-DATA = Path(__file__).resolve().parent / "data"
-sys.path.insert(0, str(DATA))
-import tokens  # noqa: E402
+import tokens
+
+DATA = Path(__file__).resolve().parents[1] / "data"
 
 UNICODE = "Ordinary text, it's 3.14 o'clock.\n\n  Zwölf Boxkämpfer, 東京, a\u0301, 🦜🏽, \x00\t\r\n<|endoftext|> done"
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The study on a SLURM cluster: bash slurm.sh SCALE [sbatch options, such as --partition=gpu --gres=gpu:1 --cpus-per-task=8]
+# The study on a SLURM cluster: bash tools/slurm.sh SCALE [sbatch options, such as --partition=gpu --gres=gpu:1 --cpus-per-task=8]
 # One array task a run; preempted tasks are requeued and go on from their last checkpoint. Jobs that wait for each other:
 # data -> lr -> extend (grids whose winner is at an edge) -> choose -> main -> eval, plot, report.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
-scale=${1:?"error: usage: bash slurm.sh SCALE [sbatch options]"}; shift
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+scale=${1:?"error: usage: bash tools/slurm.sh SCALE [sbatch options]"}; shift
 mkdir -p "out/$scale/slurm"
 python=$(command -v python || command -v python3)
 options=(--parsable --requeue --signal=TERM@60 --output="out/$scale/slurm/%x-%A_%a.txt" --open-mode=append "$@")

@@ -3,7 +3,7 @@ import re
 
 import numpy as np
 
-import post
+from post import text as post
 from study import ARMS, LABELS
 
 FORBIDDEN = r"\bprov(?:es|ed|en)\b"

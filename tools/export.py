@@ -1,4 +1,4 @@
-"""A checkpoint as a Hugging Face folder: python export.py CKPT DIR
+"""A checkpoint as a Hugging Face folder: python tools/export.py CKPT DIR
 
 AutoModelForCausalLM and AutoTokenizer load it without code of ours: LlamaForCausalLM without QK-Norm, Qwen3ForCausalLM with it.
 The padded rows of the vocabulary stay, as ids that no text encodes to: the softmax was trained over them, so logits and losses
@@ -13,9 +13,10 @@ from pathlib import Path
 
 from safetensors.torch import save
 
-from configurator import fail
-from evaluate import fitting_encoding, load_checkpoint
-from model import NORM_EPS, ROPE_THETA
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from configurator import fail  # noqa: E402
+from evaluate import fitting_encoding, load_checkpoint  # noqa: E402
+from model import NORM_EPS, ROPE_THETA  # noqa: E402
 
 NAMES = {  # ours to theirs, inside a block; q_norm and k_norm are Qwen3's own names
     "norm1": "input_layernorm", "norm2": "post_attention_layernorm", "attn": "self_attn", "mlp": "mlp"}
@@ -111,7 +112,7 @@ def export(checkpoint, folder):
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:
-        fail("usage: python export.py CKPT DIR")
+        fail("usage: python tools/export.py CKPT DIR")
     try:
         export(*sys.argv[1:])
     except (ValueError, OSError) as e:

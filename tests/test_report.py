@@ -8,10 +8,10 @@ import sys
 import numpy as np
 import pytest
 
-import post
+from post import text as post
 import report
-import review
-import stats
+from post import review
+from post import stats
 import study
 import synthetic
 from configurator import ROOT

@@ -193,7 +193,7 @@ PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP
     try:
         time.sleep(5)
         subprocess.run(["scontrol", "update", f"nodename={host}", "state=resume"], env=path, capture_output=True)
-        done = subprocess.run(["bash", "slurm.sh", "ci"], cwd=copy, env=dict(path, OMP_NUM_THREADS="1"), capture_output=True, text=True)
+        done = subprocess.run(["bash", "tools/slurm.sh", "ci"], cwd=copy, env=dict(path, OMP_NUM_THREADS="1"), capture_output=True, text=True)
         assert done.returncode == 0, done.stderr + (tmp_path / "servers.txt").read_text()
         deadline, preempted = time.time() + 500, False
         while time.time() < deadline and not (copy / "out/ci/report.md").exists():

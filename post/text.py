@@ -6,8 +6,8 @@ import re
 
 import numpy as np
 
-import stats
-from stats import ALPHA, CONTRASTS, PAIRS, PR_NAMES, decision, pair, pooled
+from post from post import stats
+from post.stats import ALPHA, CONTRASTS, PAIRS, PR_NAMES, decision, pair, pooled
 from study import ARMS, LABELS, LOGIT_FLAG, MAX_EXTENSIONS, SWEEP_SEED, layer_values
 
 FIGURES = ["1_val_loss", "2_mean_pr", "3_loss_vs_pr", "4_pr_heatmap", "5_spectra", "6_lr_sweep"]

@@ -1,6 +1,6 @@
 """What things cost on this machine, two sides in turns, medians and ratios. Without a name, all of it one after the other:
 
-    python bench.py [NAME ...] [DIR]
+    python tools/bench.py [NAME ...] [DIR]
 
     dtype      tokens/s of mini in dtype auto against the other one
     train      tokens/s of mini and 4m: attention in blocks against scaled_dot_product_attention
@@ -26,7 +26,9 @@ from pathlib import Path
 
 import torch
 
-import study
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tools"), str(ROOT / "data")]
+import study  # noqa: E402
 import system
 from model import GPT, GPTConfig
 from muon import Muon
@@ -249,7 +251,7 @@ def bench_start(rounds=5):
             args = [sys.executable, "train.py", "config/mini.py", "config/muon_qk.py", f"--out_dir={out_dir}",
                     f"--max_tokens={study.scale_config('mini')['batch_tokens']}"]
             start = time.perf_counter()
-            run = subprocess.Popen(args, cwd=Path(__file__).parent, env=dict(os.environ, OMP_NUM_THREADS="1"), stdout=subprocess.DEVNULL)
+            run = subprocess.Popen(args, cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS="1"), stdout=subprocess.DEVNULL)
             while run.poll() is None and not (out_dir / "log.jsonl").exists():
                 time.sleep(0.01)
             first.append(time.perf_counter() - start)
@@ -261,7 +263,7 @@ def bench_start(rounds=5):
 
 def command(args):
     """Run it in this folder, quietly, a thread a process as sweep.sh does."""
-    done = subprocess.run(args, cwd=Path(__file__).parent, env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True, text=True)
+    done = subprocess.run(args, cwd=ROOT, env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
 
@@ -271,9 +273,8 @@ def bench_data(rounds=3, n_tokens=16_000_000):
     with a process a core, then writes the ids of 1024 shards one after the other."""
     import datasets
     import numpy as np
-    sys.path.insert(0, str(Path(__file__).parent / "data"))
     import tokens
-    poetry, encoding = Path(__file__).parent / "data" / "poetry", tokens.get_encoding("gpt2")
+    poetry, encoding = ROOT / "data/poetry", tokens.get_encoding("gpt2")
     whole = tokens.load_bin(poetry, "train", 4096)[:n_tokens]
     documents = tokens.get_encoding("gpt2-4096").decode(whole.tolist()).split("<|endoftext|>")
     with tempfile.TemporaryDirectory() as folder:
