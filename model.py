@@ -24,14 +24,20 @@ class GPTConfig:
     n_embd: int = 512
     ffn_dim: int = 896
     qk_norm: bool = False
+    qk_gain: bool = True  # whether QK-Norm's gains learn; frozen ones stay at one
+
+
+def gpt_config(keys):
+    """The GPTConfig in a dict of train.py's keys, such as a config.json; a key from before it existed has its default."""
+    return GPTConfig(**{field: keys[field] for field in GPTConfig.__dataclass_fields__ if field in keys})
 
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dim, in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
 
-    def __init__(self, dim):
+    def __init__(self, dim, learns=True):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
+        self.weight = nn.Parameter(torch.ones(dim)) if learns else nn.Buffer(torch.ones(dim))
 
     def forward(self, x):
         y = x.float()
@@ -79,8 +85,8 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.o_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         # one gain for q and one for k, shared by the heads, as in Qwen3
-        self.q_norm = RMSNorm(self.head_dim) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.head_dim) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(self.head_dim, config.qk_gain) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, config.qk_gain) if config.qk_norm else nn.Identity()
 
     def qkv(self, x):
         """Queries, keys, values (B, n_head, T, head_dim) of x (B, T, n_embd): after QK-Norm, before RoPE."""

@@ -1,4 +1,4 @@
-"""What a study is: the arms, the learning-rate grids, the runs, and how their logs are read.
+"""What a study is: arms, scales, grids, seeds, its runs, and how their logs are read.
 
     python study.py plan SCALE              what the study costs, before it starts
     python study.py list SCALE lr|main      the commands that a stage still needs, one a line, for any scheduler
@@ -8,13 +8,16 @@
     python study.py task SCALE lr|main I    for slurm.sh: the I-th of them
     python study.py extend SCALE I          for slurm.sh: grow the I-th arm's grid until its winner is no edge
 """
+import functools
 import hashlib
+import itertools
 import json
 import math
 import os
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,32 +31,106 @@ import system
 from configurator import ROOT, fail, resolve
 from model import GPT, GPTConfig
 
-ARMS = ["adamw", "adamw_qk", "muon", "muon_qk"]
-LABELS = {"adamw": "AdamW", "adamw_qk": "AdamW + QK-Norm", "muon": "Muon", "muon_qk": "Muon + QK-Norm"}
-SEEDS = [int(s) for s in os.environ.get("SEEDS", "42 137").split()]  # main runs
-SWEEP_SEED = 1  # not a main seed, so that no main run is the run its learning rate was picked on
-MAX_EXTENSIONS = 3  # a side: a winner at an edge is not a winner, so the grid grows by factors of two
 
-# sweep: tokens of a sweep run, 1/15 of a main run at the plan's scale
+def words(name, default, kind=str):
+    """The environment variable `name` as a list: words apart by spaces or commas, none of them twice."""
+    text = os.environ.get(name)
+    if text is None:
+        return default
+    try:
+        found = [kind(word) for word in text.replace(",", " ").split()]
+    except ValueError:
+        fail(f"{name}={text!r} is not a list of whole numbers, such as {name}=\"{' '.join(map(str, default))}\"")
+    if not found or len(set(found)) < len(found):
+        fail(f"{name}={text!r} {'names one twice' if found else 'is empty'}: give each once, or leave {name} unset")
+    return found
+
+
+# An arm is a name: its label here, its grid at each scale, config/ARM.py, and the lines that make it different.
+LABELS = {
+    "adamw": "AdamW",
+    "adamw_qk": "AdamW + QK-Norm",
+    "muon": "Muon",
+    "muon_qk": "Muon + QK-Norm",
+    "adamw_qk_frozen": "AdamW + QK-Norm, frozen",  # gains of one that do not learn
+    "muon_qk_frozen": "Muon + QK-Norm, frozen",
+}
+FACTORIAL = ["adamw", "adamw_qk", "muon", "muon_qk"]  # the 2x2 that contrasts, registration and verdict are about
+ARMS = words("ARMS", FACTORIAL)  # the arms that are run
+SEEDS = words("SEEDS", [42, 137], int)  # of the main runs
+MAX_EXTENSIONS = 3  # a side: a winner at an edge is not a winner, so the grid grows by factors of two
+FIRST_SWEEP_SEED = 1  # the one that a sweep run's folder does not name
+if unknown := [arm for arm in ARMS if arm not in LABELS]:
+    fail(f"ARMS: no arm named {unknown[0]!r}: choose from {' '.join(LABELS)}")
+
+# A scale is config/SCALE.py and its row here. sweep_tokens: of one sweep run, 1/15 of a main run at the plan's scale.
+# sweep_seeds: not main seeds, so that no main run is the run that its learning rate was picked on.
 SCALES = {
-    "80m": dict(sweep_tokens=20_000_000, grids={
+    "80m": dict(sweep_tokens=20_000_000, sweep_seeds=[1], grids={  # one seed, as in the plan: 20 runs of 4 GPU minutes
         "adamw": [1e-4, 3e-4, 6e-4, 1e-3, 2e-3],
         "adamw_qk": [3e-4, 6e-4, 1e-3, 2e-3, 4e-3],
         "muon": [6e-4, 1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3],
-        "muon_qk": [6e-4, 1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3]}),
-    "4m": dict(sweep_tokens=1_100_000, grids={
+        "muon_qk": [6e-4, 1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3],
+        "adamw_qk_frozen": [3e-4, 6e-4, 1e-3, 2e-3, 4e-3],
+        "muon_qk_frozen": [6e-4, 1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3]}),
+    "4m": dict(sweep_tokens=1_100_000, sweep_seeds=[1, 2, 3], grids={  # three cost a third of the main runs of two seeds
         "adamw": [3e-4, 6e-4, 1.2e-3, 2.4e-3, 4.8e-3],
         "adamw_qk": [6e-4, 1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3],
         "muon": [2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2],
-        "muon_qk": [2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2]}),
-    "mini": dict(sweep_tokens=131_072, grids={
+        "muon_qk": [2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2],
+        "adamw_qk_frozen": [6e-4, 1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3],
+        "muon_qk_frozen": [2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2]}),
+    "mini": dict(sweep_tokens=131_072, sweep_seeds=[1], grids={  # one: three would double the time that a newcomer waits
         "adamw": [5e-4, 1e-3, 2e-3, 4e-3, 8e-3],
         "adamw_qk": [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2],
         "muon": [4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2],
-        "muon_qk": [4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2]}),
-    "ci": dict(sweep_tokens=10_240, grids={  # a minute, to see that every stage works; its numbers mean nothing
-        arm: [1e-3, 3e-3, 1e-2, 3e-2, 1e-1] for arm in ARMS}),
+        "muon_qk": [4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2],
+        "adamw_qk_frozen": [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2],
+        "muon_qk_frozen": [4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2]}),
+    "ci": dict(sweep_tokens=10_240, sweep_seeds=[1], grids={  # a minute, to see that every stage works; numbers mean nothing
+        arm: [1e-3, 3e-3, 1e-2, 3e-2, 1e-1] for arm in LABELS}),
 }
+
+
+def sweep_seeds(scale):
+    """Seeds of a scale's sweep: SWEEP_SEEDS in the environment, else its row. ValueError where one is a main seed."""
+    seeds = words("SWEEP_SEEDS", SCALES[scale]["sweep_seeds"], int)
+    if both := sorted({*seeds} & {*SEEDS}):
+        raise ValueError(f"seed {both[0]} is in SEEDS and in the sweep: a main run must not be the run that its "
+                         f"learning rate was picked on")
+    return seeds
+
+
+def grid(scale, arm):
+    """An arm's learning rates at a scale, ascending, each as %g writes it, so that names, commands and logs agree."""
+    return sorted({float(f"{lr:g}") for lr in SCALES[scale]["grids"][arm]})
+
+
+@functools.cache
+def scale_config(scale, arm="adamw"):
+    """All keys of train.py at a scale and arm. ValueError where a config file is missing or wrong."""
+    return resolve(ROOT / "train.py", [f"config/{scale}.py", f"config/{arm}.py"])
+
+
+@functools.cache
+def defaults():
+    """train.py's keys with their defaults: what a config.json from before a key existed stands for."""
+    return resolve(ROOT / "train.py", [])
+
+
+# ---- what a study's folder holds
+def read_json(path, empty=None):
+    """A JSON object, or `empty` where there is no file. ValueError, naming the file, where it is something else."""
+    path = Path(path)
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return empty
+    except ValueError as e:
+        raise ValueError(f"{path} is no JSON ({e}): restore it or delete it") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object: restore it or delete it")
+    return value
 
 
 def read_log(run_dir):
@@ -73,23 +150,60 @@ def read_log(run_dir):
 
 def load_run(run_dir):
     """One run as {dir, config, rows, events, status, val_loss}. status: 'finished', 'diverged' or 'unfinished';
-    val_loss: the final one in nats a token, inf where diverged, None where unfinished."""
+    val_loss: the final one in nats a token, inf where diverged, None where unfinished. ValueError for a folder whose
+    config.json is missing or no run's."""
     run_dir = Path(run_dir)
-    config = json.loads((run_dir / "config.json").read_text())
+    config = read_json(run_dir / "config.json", {})
+    if not {"arm", "seed", "learning_rate"} <= config.keys():
+        raise ValueError(f"{run_dir / 'config.json'} is no run's: delete the folder or restore the file")
     rows, events = read_log(run_dir)
     ends = [e["event"] for e in events if e["event"] in ("finished", "diverged")]
     status = ends[-1] if ends else "unfinished"
     val_loss = {"finished": rows[-1].get("val_loss") if rows else None, "diverged": math.inf}.get(status)
-    return dict(dir=run_dir, config=config, rows=rows, events=events, status=status, val_loss=val_loss)
+    return dict(dir=run_dir, config=defaults() | config, rows=rows, events=events, status=status, val_loss=val_loss)
 
 
-def load_runs(study_dir, kind="main"):
-    """Runs of a study folder such as out/mini that have a config.json: kind 'main' or 'sweep', sorted by arm in the
-    order of ARMS, then seed or learning rate."""
-    study_dir = Path(study_dir)
-    folders = study_dir.glob("sweep/*" if kind == "sweep" else "*-seed*")
-    runs = [load_run(d) for d in folders if (d / "config.json").exists()]
-    return sorted(runs, key=lambda r: (ARMS.index(r["config"]["arm"]), r["config"]["seed"], r["config"]["learning_rate"]))
+KINDS = {"main": "*-seed*", "sweep": "sweep/*", "neighbours": "neighbours/*"}  # kind of run: its folders in a study's
+
+
+def run_name(kind, arm, lr, seed):
+    """The name of a run's folder."""
+    if kind == "main":
+        return f"{arm}-seed{seed}"
+    return f"{arm}-lr{lr:g}" + (f"-seed{seed}" if kind == "sweep" and seed != FIRST_SWEEP_SEED else "")
+
+
+def load_runs(study_dir, kind="main", say=lambda line: None):
+    """The runs of one of KINDS in a study folder such as out/mini, sorted by arm in the order of LABELS, then learning
+    rate, then seed. A folder that is damaged, a copy, or of no known arm is left out, and say() is told so."""
+    runs = []
+    for folder in sorted(Path(study_dir).glob(KINDS[kind])):
+        if not (folder / "config.json").exists():
+            continue  # not begun
+        try:
+            run = load_run(folder)
+            c = run["config"]
+            name = run_name(kind, c["arm"], c["learning_rate"], c["seed"])
+            if c["arm"] not in LABELS:
+                raise ValueError(f"its arm {c['arm']!r} is not in study.py")
+            if folder.name != name:
+                raise ValueError(f"its config.json is that of {name}: a copy is no run of the study")
+            runs.append(run)
+        except (ValueError, OSError) as e:
+            say(f"{folder} is left out: {e}")
+    order = {arm: i for i, arm in enumerate(LABELS)}
+    return sorted(runs, key=lambda r: (order[r["config"]["arm"]], r["config"]["learning_rate"], r["config"]["seed"]))
+
+
+def arms_of(*runs):
+    """The arms of a study in the order of LABELS: those to be run, and those that lists of runs hold."""
+    have = {r["config"]["arm"] for group in runs for r in group}
+    return [arm for arm in LABELS if arm in have or arm in ARMS]
+
+
+def head_dim(config):
+    """The largest PR there can be."""
+    return config["n_embd"] // config["n_head"]
 
 
 def layer_values(row, name):
@@ -102,19 +216,25 @@ def layer_values(row, name):
 
 
 def chosen(study_dir):
-    """The content of chosen_lr.json ({arm: {lr, bracketed, val_loss, tried, ...}}), or {} where there is none."""
+    """chosen_lr.json, or {} where there is none: {arm: {lr, val_loss, bracketed, tie, seeds, tokens, tried}}. val_loss
+    is the mean over the sweep's seeds; tie lists the neighbouring rates that lie within the noise of the winner's;
+    tried is [{lr, val_loss, status, val_losses}], val_losses one a seed, None where one diverged. ValueError for a file
+    that is no such thing."""
     path = Path(study_dir) / "chosen_lr.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    picks = read_json(path, {})
+    if any(not isinstance(pick, dict) or not {"lr", "val_loss", "bracketed", "tried"} <= pick.keys()
+           for pick in picks.values()):
+        raise ValueError(f"{path} holds no chosen learning rates: restore it, or delete it and choose again")
+    return {arm: dict(dict(tie=[], seeds=[pick.get("seed", FIRST_SWEEP_SEED)]), **pick) for arm, pick in picks.items()}
 
 
 def default_lr(scale, arm):
     """(learning rate, where it is from) of an arm: the sweep's winner in out/SCALE/chosen_lr.json, else the middle of
     its grid."""
-    pick = chosen(ROOT / "out" / scale).get(arm)
-    if pick:
+    if pick := chosen(ROOT / "out" / scale).get(arm):
         return pick["lr"], f"the winner of {len(pick['tried'])} in out/{scale}/chosen_lr.json"
-    grid = SCALES[scale]["grids"][arm]
-    return grid[len(grid) // 2], f"the middle of the {arm} grid, since out/{scale}/chosen_lr.json has no winner yet"
+    rates = grid(scale, arm)
+    return rates[len(rates) // 2], f"the middle of the {arm} grid, since out/{scale}/chosen_lr.json has no winner yet"
 
 
 def missing_spectra(run_dir, n_layer):
@@ -153,62 +273,96 @@ def spot_check_line(e):
 
 # ---- the runs of a stage
 def sweep_results(study_dir, arm):
-    """{learning rate: (status, final val loss)} of an arm's ended sweep runs."""
-    runs = [r for r in load_runs(study_dir, "sweep") if r["config"]["arm"] == arm and r["status"] != "unfinished"]
-    return {r["config"]["learning_rate"]: (r["status"], r["val_loss"]) for r in runs}
+    """{learning rate: {seed: final val loss, inf where diverged}} of an arm's ended sweep runs."""
+    results = {}
+    for run in load_runs(study_dir, "sweep"):
+        if run["config"]["arm"] == arm and run["status"] != "unfinished":
+            results.setdefault(run["config"]["learning_rate"], {})[run["config"]["seed"]] = run["val_loss"]
+    return results
 
 
 def winner(results):
-    """(lr, bracketed) of {lr: (status, loss)}: the lowest final val loss; bracketed if both neighbours were run too."""
+    """(lr, bracketed, tie) of sweep_results(): the lowest mean over seeds of the final val loss; bracketed if both its
+    neighbours were run too; tie: the neighbours whose mean lies less than two standard errors of the difference higher,
+    sqrt(s_a^2 / n + s_b^2 / n), which one seed does not give."""
     lrs = sorted(results)
-    best = min(lrs, key=lambda lr: results[lr][1])
-    return best, lrs[0] < best < lrs[-1]
+    losses = {lr: list(results[lr].values()) for lr in lrs}
+    mean = {lr: sum(losses[lr]) / len(losses[lr]) for lr in lrs}
+    best = min(lrs, key=mean.get)
+    at, tie = lrs.index(best), []
+    for lr in lrs[max(0, at - 1):at] + lrs[at + 1:at + 2]:
+        if math.isfinite(mean[lr]) and min(len(losses[lr]), len(losses[best])) > 1:
+            noise = math.sqrt(sum(statistics.variance(losses[x]) / len(losses[x]) for x in (lr, best)))
+            tie += [lr] * (mean[lr] - mean[best] < 2 * noise)
+    return best, 0 < at < len(lrs) - 1, tie
 
 
 def missing_lrs(scale, arm, study_dir):
-    """Learning rates that an arm's sweep still has to run: what is left of its grid; then, while the winner is at an
-    edge, one point a factor of two further out, at most MAX_EXTENSIONS a side."""
-    grid, results = SCALES[scale]["grids"][arm], sweep_results(study_dir, arm)
-    if left := [lr for lr in grid if lr not in results]:
+    """(learning rate, seed) of what an arm's sweep still has to run: what is left of its grid; then, while the winner is
+    at an edge, one point a factor of two further out, at most MAX_EXTENSIONS a side."""
+    rates, results, seeds = grid(scale, arm), sweep_results(study_dir, arm), sweep_seeds(scale)
+    begun = [lr for lr in results if lr not in rates]  # an extension whose seeds have not all run
+    if left := [(lr, seed) for seed in seeds for lr in rates + begun if seed not in results.get(lr, {})]:
         return left
-    best, bracketed = winner(results)
-    if bracketed or math.isinf(results[best][1]):
+    best, bracketed, _ = winner(results)
+    if bracketed or math.isinf(min(results[best].values())):
         return []
     outer = float(f"{best * 2:.6g}") if best == max(results) else float(f"{best / 2:.6g}")
-    extensions = sum(lr > grid[-1] if outer > best else lr < grid[0] for lr in results)
-    return [outer] if extensions < MAX_EXTENSIONS else []
+    extensions = sum(lr > rates[-1] if outer > best else lr < rates[0] for lr in results)
+    return [(outer, seed) for seed in seeds] if extensions < MAX_EXTENSIONS else []
+
+
+def neighbour_lrs(lr):
+    """Half and twice a rate: the rates at which the stage `neighbours` trains an arm for the whole main budget."""
+    return float(f"{lr / 2:.6g}"), float(f"{lr * 2:.6g}")
 
 
 def stage_runs(scale, stage, study_dir, fixed=False):
     """[(run folder, arguments of train.py)] that a stage still has to run; arms take turns, so that the first jobs
     compile different graphs and the others find them in the cache. fixed: the list of a fresh study, whatever has run."""
-    study_dir, runs = Path(study_dir), []
+    study_dir = Path(study_dir)
     if stage == "lr":
-        missing = SCALES[scale]["grids"] if fixed else {arm: missing_lrs(scale, arm, study_dir) for arm in ARMS}
-        for i in range(max(map(len, missing.values()))):
-            for arm in (a for a in ARMS if i < len(missing[a])):
-                lr = missing[arm][i]
-                runs.append((study_dir / "sweep" / f"{arm}-lr{lr:g}", [
-                    f"config/{scale}.py", f"config/{arm}.py", f"--seed={SWEEP_SEED}", f"--learning_rate={lr:g}", "--n_ckpt=0",
-                    f"--max_tokens={SCALES[scale]['sweep_tokens']}"]))
+        due = {arm: [(lr, seed) for seed in sweep_seeds(scale) for lr in grid(scale, arm)] if fixed
+               else missing_lrs(scale, arm, study_dir) for arm in ARMS}
+        keys = ["--n_ckpt=0", f"--max_tokens={SCALES[scale]['sweep_tokens']}"]
+        runs = [(study_dir / "sweep" / run_name("sweep", arm, lr, seed), arm, seed, [f"--learning_rate={lr:g}", *keys])
+                for turn in itertools.zip_longest(*([(arm, *point) for point in due[arm]] for arm in ARMS))
+                for arm, lr, seed in filter(None, turn)]
     elif stage == "main":
-        runs = [(study_dir / f"{arm}-seed{seed}", [f"config/{scale}.py", f"config/{arm}.py", f"--seed={seed}"])
-                for seed in SEEDS for arm in ARMS]
-    elif stage == "transfer":  # does the choice hold at a third of the main budget?
-        for arm, choice in chosen(study_dir).items():
-            for lr in (choice["lr"], float(f"{choice['lr'] / 2:.6g}")):
-                runs.append((study_dir / "transfer" / f"{arm}-lr{lr:g}", [
-                    f"config/{scale}.py", f"config/{arm}.py", f"--seed={SWEEP_SEED}", f"--learning_rate={lr:g}", "--n_ckpt=0",
-                    f"--max_tokens={scale_config(scale)['max_tokens'] // 3}"]))
+        runs = [(study_dir / run_name("main", arm, 0, seed), arm, seed, []) for seed in SEEDS for arm in ARMS]
+    elif stage == "neighbours":  # does the choice hold at the main budget, and does the claim hold beside it?
+        picks = chosen(study_dir)
+        runs = [(study_dir / "neighbours" / run_name("neighbours", arm, lr, SEEDS[0]), arm, SEEDS[0],
+                 [f"--learning_rate={lr:g}", "--n_ckpt=0"])
+                for side in (0, 1) for arm in ARMS if arm in picks for lr in [neighbour_lrs(picks[arm]["lr"])[side]]]
     else:
-        raise ValueError(f"stage {stage!r} has no runs: choose lr, main or transfer")
-    return [(d, [*args, f"--out_dir={os.path.relpath(d, ROOT)}"]) for d, args in runs if fixed
-            or not (d / "config.json").exists() or load_run(d)["status"] == "unfinished"]
+        raise ValueError(f"stage {stage!r} has no runs: choose lr, main or neighbours")
+    return [(d, [f"config/{scale}.py", f"config/{arm}.py", f"--seed={seed}", *keys, f"--out_dir={os.path.relpath(d, ROOT)}"])
+            for d, arm, seed, keys in runs if fixed or not (d / "config.json").exists() or load_run(d)["status"] == "unfinished"]
 
 
-def scale_config(scale, arm="adamw"):
-    """All keys of train.py at a scale and arm."""
-    return resolve(ROOT / "train.py", [f"config/{scale}.py", f"config/{arm}.py"])
+def choose(scale, study_dir):
+    """Pick each arm's learning rate by its sweep and write chosen_lr.json. ValueError while runs are missing."""
+    if missing := stage_runs(scale, "lr", study_dir):
+        raise ValueError(f"the sweep in {study_dir} lacks {len(missing)} runs, such as {missing[0][0].name}: "
+                         f"run `bash sweep.sh {scale} lr`")
+    picks = chosen(study_dir)  # an arm that is not in ARMS today keeps its own
+    for arm in ARMS:
+        results = sweep_results(study_dir, arm)
+        best, bracketed, tie = winner(results)
+        seeds = sorted(results[best])
+        mean = {lr: sum(losses.values()) / len(losses) for lr, losses in results.items()}
+        if math.isinf(mean[best]):
+            raise ValueError(f"every sweep run of {arm} in {study_dir} diverged: lower its grid in study.py")
+        finite = lambda x: x if math.isfinite(x) else None
+        picks[arm] = dict(
+            lr=best, val_loss=mean[best], bracketed=bracketed, tie=tie, seeds=seeds,
+            tokens=SCALES[scale]["sweep_tokens"],
+            tried=[dict(lr=lr, val_loss=finite(mean[lr]), status="finished" if finite(mean[lr]) else "diverged",
+                        val_losses=[finite(results[lr][s]) for s in sorted(results[lr])]) for lr in sorted(results)])
+        notes = ", not bracketed" * (not bracketed) + f", a tie with {' and '.join(f'{lr:g}' for lr in tie)}" * bool(tie)
+        print(f"{LABELS[arm]:<24} lr = {best:g}, val loss {mean[best]:.4f}{notes}")
+    system.write_text(Path(study_dir) / "chosen_lr.json", json.dumps(picks, indent=1))
 
 
 def gpus():
@@ -281,25 +435,6 @@ def run_stage(scale, stage, study_dir):
         print(f"stopped by {signal.Signals(stop[0]).name}: run the same command again to go on")
         sys.exit(128 + stop[0])
     return [folder.name for folder in failed]
-
-
-def choose(scale, study_dir):
-    """Pick each arm's learning rate by its sweep and write chosen_lr.json. ValueError while runs are missing."""
-    if missing := stage_runs(scale, "lr", study_dir):
-        raise ValueError(f"the sweep in {study_dir} lacks {len(missing)} runs, such as {missing[0][0].name}: "
-                         f"run `bash sweep.sh {scale} lr`")
-    picks = {}
-    for arm in ARMS:
-        results = sweep_results(study_dir, arm)
-        best, bracketed = winner(results)
-        loss = results[best][1]
-        if math.isinf(loss):
-            raise ValueError(f"every sweep run of {arm} in {study_dir} diverged: lower its grid in study.py")
-        picks[arm] = dict(lr=best, val_loss=loss, bracketed=bracketed, seed=SWEEP_SEED, tokens=SCALES[scale]["sweep_tokens"],
-                          tried=[dict(lr=lr, val_loss=loss if status == "finished" else None, status=status)
-                                 for lr, (status, loss) in sorted(results.items())])
-        print(f"{LABELS[arm]:<16} lr = {best:g}, val loss {loss:.4f}{'' if bracketed else ', not bracketed'}")
-    system.write_text(Path(study_dir) / "chosen_lr.json", json.dumps(picks, indent=1))
 
 
 def measure(scale):
@@ -407,8 +542,8 @@ def main(args):
             os.execv(sys.executable, [sys.executable, "train.py", *stage_runs(scale, rest[0], study_dir, fixed=True)[int(rest[1])][1]])
         elif command == "extend":
             arm = ARMS[int(rest[0])]
-            while missing := missing_lrs(scale, arm, study_dir):
-                for _, arguments in (r for r in stage_runs(scale, "lr", study_dir) if r[0].name == f"{arm}-lr{missing[0]:g}"):
+            while missing_lrs(scale, arm, study_dir):
+                for _, arguments in (r for r in stage_runs(scale, "lr", study_dir) if r[1][1] == f"config/{arm}.py"):
                     subprocess.run([sys.executable, "train.py", *arguments], cwd=ROOT, check=True)
         elif rest[0] == "main" and not chosen(study_dir):
             raise ValueError(f"out/{scale}/chosen_lr.json is missing: run `bash sweep.sh {scale} lr` first")

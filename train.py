@@ -48,6 +48,7 @@ ffn_dim = 896  # SwiGLU's three matrices: 896 makes 79.1M parameters
 block_size = 2048  # ten HellaSwag shots need 1,000 to 1,400 tokens
 vocab_size = 50304  # GPT-2's 50,257 padded up to a multiple of 64
 qk_norm = False  # RMSNorm of queries and keys, per head, before RoPE
+qk_gain = True  # QK-Norm's gains learn; False: they stay at one, as in the frozen arms
 # optimizer
 optimizer = "adamw"  # adamw, or muon for hidden matrices and adamw for the rest
 learning_rate = 0.0  # every group's peak; 0: the winner in out/SCALE/chosen_lr.json, else the middle of the arm's grid
@@ -81,7 +82,7 @@ def check(ok, message):
 
 # ---- settings that cannot work are refused before anything is written
 check(scale in study.SCALES, f"scale {scale!r} is not known: choose one of {', '.join(study.SCALES)}")
-check(arm in study.ARMS, f"arm {arm!r} is not known: choose one of {', '.join(study.ARMS)}")
+check(arm in study.LABELS, f"arm {arm!r} is not known: choose one of {', '.join(study.LABELS)}")
 check(optimizer in ("adamw", "muon"), f"optimizer {optimizer!r} is not known: choose adamw or muon")
 check(dtype in ("auto", "bfloat16", "float32"), f"dtype {dtype!r} is not supported: choose auto, bfloat16 or float32")
 check(n_embd % (2 * n_head) == 0, f"n_embd {n_embd} does not divide into {n_head} heads of even width: change one")
@@ -122,7 +123,7 @@ sequences, rest = divmod(batch_tokens, block_size)
 check(not rest and sequences, f"batch_tokens {batch_tokens} is no multiple of block_size {block_size}: change one")
 check(sequences % world == 0, f"{sequences} sequences a step do not divide over {world} processes: change batch_tokens")
 local = sequences // world
-gpt_config = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, ffn_dim, qk_norm)
+gpt_config = GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, ffn_dim, qk_norm, qk_gain)
 micro = micro_batch or system.fitting_micro_batch(gpt_config, local, device, dtype)
 check(local % micro == 0, f"{local} sequences a device do not divide into micro-batches of {micro}: change micro_batch")
 

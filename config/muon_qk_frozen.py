@@ -1,0 +1,5 @@
+# Muon on hidden matrices, AdamW on the rest, QK-Norm whose gains stay at one: is what QK-Norm does to keys done by its gains?
+arm = "muon_qk_frozen"
+optimizer = "muon"
+qk_norm = True
+qk_gain = False
