@@ -74,6 +74,13 @@ def causal_blocks(q, k, v):
     return torch.cat(out, dim=-2)
 
 
+def causal_attention(q, k, v):
+    """softmax(q k^T / sqrt(head_dim)) v under the causal mask, of q, k, v (B, n_head, T, head_dim)."""
+    if torch.compiler.is_compiling() and q.device.type == "cpu" and CPU_BLOCK < q.shape[-2] <= 4 * CPU_BLOCK:
+        return causal_blocks(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -88,32 +95,18 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.qk_gain) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, config.qk_gain) if config.qk_norm else nn.Identity()
 
-    def qkv(self, x):
-        """Queries, keys, values (B, n_head, T, head_dim) of x (B, T, n_embd): after QK-Norm, before RoPE."""
-        B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, self.n_head, self.head_dim)).transpose(1, 2)
-        k = self.k_norm(self.k_proj(x).view(B, T, self.n_head, self.head_dim)).transpose(1, 2)
-        v = self.v_proj(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)
-        return q, k, v
+    def qkv(self, x, cos, sin):
+        """Queries, keys and values (B, n_head, T, head_dim) of x (B, T, n_embd), as attention sees them; cos, sin: RoPE's
+        tables. Here is what QK-Norm does and where: the probes measure what this returns."""
+        q, k, v = (proj(x).unflatten(-1, (self.n_head, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        return q.to(v.dtype), k.to(v.dtype), v
 
-    def forward(self, x, cos, sin, mask=None):
-        B, T, _ = x.shape
-        q, k, v = self.qkv(x)
-        q, k = apply_rope(q, cos, sin).to(v.dtype), apply_rope(k, cos, sin).to(v.dtype)
-        if mask is not None:  # the common context in causal order, then the endings as the mask says
-            n = T - mask.shape[-2]
-            context = q[:, :, :n], k[:, :, :n], v[:, :, :n]
-            if q.device.type == "cpu":  # 1.4 x faster; float32 scores, as scaled_dot_product_attention has them
-                with torch.autocast("cpu", enabled=False):
-                    y = causal_blocks(context[0].float(), context[1].float(), context[2])
-            else:
-                y = F.scaled_dot_product_attention(*context, is_causal=True)
-            y = torch.cat((y, F.scaled_dot_product_attention(q[:, :, n:], k, v, attn_mask=mask)), dim=2)
-        elif torch.compiler.is_compiling() and q.device.type == "cpu" and CPU_BLOCK < T <= 4 * CPU_BLOCK:
-            y = causal_blocks(q, k, v)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, self.n_head * self.head_dim))
+    def forward(self, x, cos, sin, attend=causal_attention):
+        y = attend(*self.qkv(x, cos, sin))
+        return self.o_proj(y.transpose(1, 2).flatten(-2))
 
 
 class MLP(nn.Module):
@@ -137,8 +130,8 @@ class Block(nn.Module):
         self.norm2 = RMSNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, mask=None):
-        x = x + self.attn(self.norm1(x), cos, sin, mask)
+    def forward(self, x, cos, sin, attend=causal_attention):
+        x = x + self.attn(self.norm1(x), cos, sin, attend)
         return x + self.mlp(self.norm2(x))
 
 
@@ -166,20 +159,14 @@ class GPT(nn.Module):
                     p.copy_(torch.randn(p.shape, generator=generator) * std)
         return self
 
-    def hidden(self, idx, pos=None, mask=None):
-        """Final normed hidden states (B, T, n_embd) of token ids idx (B, T). pos (B, T) and a boolean mask (B, 1, S, T),
-        True where one of the last S queries may look, replace the plain causal order, which the first T - S keep:
-        evaluate.py scores several endings in one pass over their common context with them."""
+    def hidden(self, idx):
+        """Final normed hidden states (B, T, n_embd) of token ids idx (B, T)."""
         T = idx.shape[1]
-        if pos is None and T > self.config.block_size:
+        if T > self.config.block_size:
             raise ValueError(f"{T} tokens are longer than block_size {self.config.block_size}: cut the context")
-        if pos is None:
-            cos, sin = self.cos[:T], self.sin[:T]
-        else:
-            cos, sin = self.cos[pos].unsqueeze(1), self.sin[pos].unsqueeze(1)
         x = self.wte(idx)
         for block in self.h:
-            x = block(x, cos, sin, mask)
+            x = block(x, self.cos[:T], self.sin[:T])
         return self.norm(x)
 
     def logits(self, hidden):

@@ -7,8 +7,6 @@ Both are 1 for rank one and r for r equal singular values; neither changes under
 """
 import torch
 
-from model import apply_rope
-
 
 def pr1(s):
     """Participation ratio of singular values s (..., n) -> (...): (sum s)^2 / sum s^2. All zero gives nan."""
@@ -61,27 +59,30 @@ def probe(model, idx):
     """
     B, T = idx.shape
     cos, sin = model.cos[:T], model.sin[:T]
-    grams, stats = [], []  # everything stays on the device until one copy at the end
+    spectra, stats = [], []  # everything stays on the device until one copy at the end
     with torch.autocast(idx.device.type, enabled=False):
         x = model.wte(idx)
         for block in model.h:
-            q, k, _ = block.attn.qkv(block.norm1(x))
-            q_rot, k_rot = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-            rows = [t.transpose(0, 1).flatten(1, 2) for t in (k_rot, k)]  # (n_head, B*T, head_dim)
-            centered = rows[0] - rows[0].mean(1, keepdim=True)
-            grams.append(torch.stack([gram(rows[0]), gram(centered), gram(rows[1]), weight_gram(block.attn)]))
+            attn, h = block.attn, block.norm1(x)
+            q, k, _ = attn.qkv(h, cos, sin)  # what attention sees
+            unrotated = attn.qkv(h, torch.ones_like(cos), torch.zeros_like(sin))[1]  # RoPE by an angle of zero
+            keys, unrotated = (t.transpose(0, 1).flatten(1, 2) for t in (k, unrotated))  # (n_head, B*T, head_dim)
+            spectra.append(torch.stack([gram(keys), gram(keys - keys.mean(1, keepdim=True)), gram(unrotated), weight_gram(attn)]))
             # one sequence at a time: T^2 scores of a whole batch would not fit at 80m
-            entropy, logit = zip(*(attention_stats(q_rot[b], k_rot[b]) for b in range(B)))
+            entropy, logit = zip(*(attention_stats(q[b], k[b]) for b in range(B)))
             stats.append(torch.stack([torch.stack(entropy).mean(), torch.stack(logit).max()]))
             x = block.forward(x, cos, sin)  # not what train.py compiled: that is for its own shapes
-    s = singular_values(torch.stack(grams))  # (n_layer, 4, n_head, head_dim)
-    prs = torch.stack([pr1(s[:, 0]), pr2(s[:, 1]), pr1(s[:, 2]), pr2(s[:, 3])], dim=1).mean(-1)  # mean over heads
-    table = torch.cat([prs, torch.stack(stats).double().cpu()], dim=1)
-    names = ["pr", "pr_centered", "pr_pre_rope", "pr_weight", "attn_entropy", "max_logit"]
-    metrics = {f"{name}_layer_{i}": row[j].item() for j, name in enumerate(names) for i, row in enumerate(table)}
-    metrics["mean_pr"] = prs[:, 0].mean().item()
-    spectra = {}
-    for i in range(len(model.h)):
-        spectra[f"sv_layer_{i}"] = s[i, 0].float().numpy()
-        spectra[f"sv_weight_layer_{i}"] = s[i, 3].float().numpy()
-    return metrics, spectra
+    keys, centered, unrotated, weight = singular_values(torch.stack(spectra, 1))  # each (n_layer, n_head, head_dim)
+    entropy, logit = torch.stack(stats, 1).double().cpu()
+    layers = {  # each (n_layer,): a further metric is a line here
+        "pr": pr1(keys).mean(-1),  # mean over heads
+        "pr_centered": pr2(centered).mean(-1),
+        "pr_pre_rope": pr1(unrotated).mean(-1),
+        "pr_weight": pr2(weight).mean(-1),
+        "attn_entropy": entropy,
+        "max_logit": logit,
+    }
+    metrics = {f"{name}_layer_{i}": value for name, values in layers.items() for i, value in enumerate(values.tolist())}
+    metrics["mean_pr"] = layers["pr"].mean().item()
+    return metrics, {f"{name}_layer_{i}": s.float().numpy() for name, values in (("sv", keys), ("sv_weight", weight))
+                     for i, s in enumerate(values)}
