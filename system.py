@@ -106,17 +106,17 @@ def keep_freed_memory():
 
 
 def training_bytes(c, micro_batch, dtype="bfloat16", compiled=True):
-    """Peak memory in bytes of one training step of a GPTConfig at micro_batch sequences, from above: 16 a parameter (weight,
-    gradient, two moments, float32), what each layer keeps for the backward pass, and the logits."""
+    """Peak memory in bytes of one training step of a GPTConfig at micro_batch sequences, from above: 18 a parameter (weight,
+    gradient, two moments, float32; a bfloat16 copy), what each layer keeps for the backward pass, and the logits."""
     params = c.vocab_size * c.n_embd + c.n_layer * (4 * c.n_embd ** 2 + 3 * c.n_embd * c.ffn_dim)
     tokens, w = micro_batch * c.block_size, getattr(torch, dtype).itemsize
     # two residuals in float32; two normed inputs, q, k, v and attention's output; gate, up and their product
-    layer = 2 * 4 * c.n_embd + 6 * w * c.n_embd + 3 * w * c.ffn_dim + 2 * w * c.n_embd * c.qk_norm
+    layer = 2 * 4 * c.n_embd + 6 * w * c.n_embd + 3 * w * c.ffn_dim + 2 * w * c.n_embd * c.qk_norm + 16 * c.n_head
     logits = 2 * w * c.vocab_size  # they and their gradient
     if not compiled:  # norms in float32, silu's output, casts; logits and their softmax in float32
-        layer += 2 * 4 * c.n_embd + 2 * w * c.n_embd + w * c.ffn_dim + (8 + 2 * w) * c.n_embd * c.qk_norm
+        layer += 2 * 4 * c.n_embd + 3 * w * c.n_embd + w * c.ffn_dim + (8 + 2 * w) * c.n_embd * c.qk_norm
         logits += 3 * 4 * c.vocab_size
-    return 16 * params + tokens * (c.n_layer * layer + logits)
+    return 18 * params + tokens * (c.n_layer * layer + logits)
 
 
 def fitting_micro_batch(c, local, device, dtype, compiled=True):
