@@ -305,21 +305,6 @@ def restore():
     return state.get("step", 0), skip, bool(state)
 
 
-# ---- stopping: the first signal saves and leaves, the second leaves at once
-signals = []
-
-
-def on_signal(number, frame):
-    if signals:
-        os._exit(128 + number)
-    signals.append(number)
-
-
-for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-    if signal.getsignal(number) != signal.SIG_IGN:  # nohup
-        signal.signal(number, on_signal)
-
-
 def data_index(step):
     """The batch that a step draws: the step's number, moved on past the one that is left out."""
     return step + (skip is not None and step >= skip)
@@ -329,6 +314,7 @@ def data_index(step):
 token_steps = {max_tokens * i // n_ckpt // batch_tokens for i in range(1, n_ckpt + 1)}
 probe_idx = torch.from_numpy(probe_data.astype(np.int64)).view(-1, block_size).to(device)
 explode = 2 * math.log(vocab_size)  # twice the loss of guessing: no healthy run comes near
+signals = system.catch_signals()  # the first saves and leaves, the second leaves at once
 start = last_save = time.time()
 with system.errors_in_one_line(f"cannot write into {out_dir}", "mend that and run the same command again to go on"):
     step, skip, resumed = restore()
