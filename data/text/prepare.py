@@ -1,18 +1,18 @@
-"""Your own text. python data/text/prepare.py PATH ... [--out DIR] [--tokenizer gpt2|gpt2-4096] [--val_tokens N]
+"""Your own text. python data/text/prepare.py PATH ... [--out DIR] [--tokenizer gpt2-4096] [--val_tokens N]
 
-A PATH is a file or a folder of files, taken in sorted order: .txt and .md, .jsonl (one JSON object a line, the text under "text"),
-each also packed as .gz or .zst, and .parquet (the text in the column "text"). A document is one object or row, or in .txt and .md a
-passage: lines up to the first blank one after 1,000 characters, or up to 4,000.
-Val is spread evenly over the text: a document goes to val whenever val has fallen behind its share. Val keeps no document, and in
-.txt and .md no line, that train has too: taking them out of train instead would take every common line out, such as the names of
-the speakers in a play.
+A PATH is a file or a folder of files, taken in sorted order: .txt and .md, .jsonl (one JSON object a line,
+the text under "text"), each also packed as .gz or .zst, and .parquet (the text in the column "text"). A
+document is one object or row, or in .txt and .md a passage: lines up to the first blank one after 1,000
+characters, or up to 4,000.
+Val is spread evenly over the text: a document goes to val whenever val has fallen behind its share. Val keeps
+no document, and in .txt and .md no line, that train has too: taking them out of train instead would take
+every common line out, such as the names of the speakers in a play.
 """
-import argparse
-import codecs
 import gzip
 import io
 import itertools
 import json
+import re
 import sys
 import zlib
 from pathlib import Path
@@ -21,27 +21,30 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import tokens  # noqa: E402
 
-PACKED = ("", ".gz", ".zst")
-ENDINGS = [kind + packed for kind in (".txt", ".md", ".jsonl") for packed in PACKED] + [".parquet"]
+ENDINGS = [kind + end for kind in (".txt", ".md", ".jsonl") for end in ("", ".gz", ".zst")] + [".parquet"]
+NOT_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
 def read_documents(files):
     """Yields (text, by_line) for each document; by_line is true for a passage of .txt or .md.
 
-    Raises ValueError that names the file and the byte, line or row of what is no UTF-8 text, no JSON or without "text".
+    Raises ValueError that names the file and the line or row of what cannot be read.
     """
     for file in files:
         kind = next(ending for ending in ENDINGS if file.name.lower().endswith(ending)).split(".")[1]
         try:
             if kind == "parquet":
-                for text in rows(file):
-                    yield text, False
-            else:
-                with io.TextIOWrapper(unpacked(file), encoding="utf-8-sig") as f:
-                    for text in objects(file, f) if kind == "jsonl" else passages(f):
-                        yield text, kind != "jsonl"
-        except UnicodeError:
-            raise ValueError(f"{file} is not UTF-8 text at byte {first_bad_byte(file):,}: convert it, or leave it out") from None
+                batches = tokens.open_parquet(file).iter_batches(1000, columns=["text"])
+                values = (value.as_py for batch in batches for value in batch["text"])
+                yield from ((text, False) for text in fields(file, "row", values))
+                continue
+            # what is not UTF-8 comes as lone surrogates, and so is found where its line is known
+            with io.TextIOWrapper(unpacked(file), "utf-8-sig", "surrogateescape") as f:
+                if kind == "jsonl":
+                    values = (lambda: json.loads(line)["text"] if line.strip() else "" for line in f)
+                    yield from ((text, False) for text in fields(file, "line", values))
+                else:
+                    yield from ((text, True) for text in passages(file, f))
         except (EOFError, zlib.error, OSError) as e:
             raise ValueError(f"{file} cannot be read to its end ({e}): mend it, or leave it out") from None
 
@@ -54,11 +57,12 @@ def unpacked(file):
     return (gzip.open if file.suffix.lower() == ".gz" else open)(file, "rb")
 
 
-def passages(f):
-    lines, size = [], 0
+def passages(file, f):
+    lines, size, number = [], 0, 1
     while line := f.readline(4000):  # a limit, since a file may be one endless line
-        if "\0" in line:
-            raise UnicodeError("NUL is valid UTF-8, but what holds it is UTF-16 or no text")
+        if NOT_TEXT.search(line):
+            raise ValueError(f"{file} line {number:,} is not UTF-8 (UTF-16?): convert it, or leave it out")
+        number += line.endswith("\n")
         lines.append(line)
         size += len(line)
         if size >= 4000 or size >= 1000 and not line.strip():
@@ -68,46 +72,16 @@ def passages(f):
         yield "".join(lines)
 
 
-def objects(file, f):
-    for number, line in enumerate(f, 1):
-        if not line.strip():
-            continue
+def fields(file, unit, values):
+    """Yields what each of values returns, if it is text that is not blank."""
+    for number, value in enumerate(values, 1):
         try:
-            text = json.loads(line)["text"]
+            text = value()
             text.encode()  # JSON can hold half a surrogate pair, UTF-8 cannot
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f'{file} line {number:,} is not a JSON object with a valid string under "text"') from None
+            raise ValueError(f'{file} {unit} {number:,} has no valid string under "text"') from None
         if text.strip():
             yield text
-
-
-def rows(file):
-    number = 0
-    for batch in tokens.open_parquet(file).iter_batches(1000, columns=["text"]):
-        for number, text in enumerate(batch["text"], number + 1):
-            try:
-                text = text.as_py()
-                text.encode()
-            except (ValueError, AttributeError):
-                raise ValueError(f'{file} row {number:,} has no valid string in the column "text"') from None
-            if text.strip():
-                yield text
-
-
-def first_bad_byte(file):
-    """Where a file stops being UTF-8, or holds a NUL; in a packed one counted in what is in it."""
-    decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
-    with unpacked(file) as f:
-        while block := f.read(2**20):
-            pending = len(decoder.getstate()[0])
-            try:
-                decoder.decode(block.partition(b"\0")[0])
-                if b"\0" in block:
-                    return offset + block.index(b"\0")
-            except UnicodeDecodeError as e:
-                return offset - pending + e.start
-            offset += len(block)
-    return offset - len(decoder.getstate()[0])
 
 
 def units(text, by_line):
@@ -125,11 +99,9 @@ def without(texts, common):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = tokens.parser(__doc__, "gpt2", HERE)
     parser.add_argument("paths", type=tokens.path, metavar="PATH", nargs="+")
-    parser.add_argument("--tokenizer", default="gpt2", choices=["gpt2", "gpt2-4096"])
-    parser.add_argument("--val_tokens", type=int, help="about how many (default: a tenth of the text, 1,000,000 at most)")
-    parser.add_argument("--out", type=tokens.path, default=HERE, help="folder to write to (default: this one)")
+    parser.add_argument("--val_tokens", type=int, help="about how many (default: a tenth, 1,000,000 at most)")
     args = parser.parse_args()
     if args.val_tokens is not None and args.val_tokens <= 0:
         raise ValueError(f"--val_tokens={args.val_tokens}: it has to be positive")
@@ -143,13 +115,13 @@ def main():
     # the first two passes read everything, so an error in the input comes up before anything is written
     total = sum(len(text) for text, _ in read_documents(files))
     sample = [text for text, _ in itertools.islice(read_documents(files), 100)]
-    n_tokens = total * sum(len(tokens.encode([text], encoding)[0]) for text in sample) / max(1, sum(map(len, sample)))
+    n_tokens = total * len(tokens.encode(sample, encoding)[0]) / max(1, sum(map(len, sample)))
     share = (args.val_tokens or 1_000_000) / max(1, n_tokens)
     if args.val_tokens is None:
         share = min(share, 0.1)
     elif share > 0.5:
-        raise ValueError(f"{named} is too short for --val_tokens={args.val_tokens}: it holds about {int(n_tokens):,} tokens, and "
-                         "at most half of them can be val")
+        raise ValueError(f"{named} is too short for --val_tokens={args.val_tokens}: it holds about "
+                         f"{int(n_tokens):,} tokens, and at most half of them can be val")
 
     val_texts, val_numbers, val_units, seen, taken = [], set(), set(), 0, 0
     for number, (text, by_line) in enumerate(read_documents(files)):
@@ -176,9 +148,9 @@ def main():
         for file in tokens.FILES.values():
             (args.out / file).unlink()
         raise ValueError(f"{named} repeats itself: all that could be val is in train as well")
-    at = ", ".join(path.resolve().name for path in args.paths)
-    tokens.save_meta(args.out, args.tokenizer, train, val, f"{len(files)} files at {at}", settings, val_units_dropped=len(common),
-                     split="val: documents spread evenly, less the lines (.txt, .md) or documents (others) that train has too")
+    source = f"{len(files)} files at {', '.join(path.resolve().name for path in args.paths)}"
+    tokens.save_meta(args.out, args.tokenizer, train, val, source, settings, val_units_dropped=len(common),
+                     split="val: documents spread evenly, less the lines or documents that train has too")
 
 
 if __name__ == "__main__":
