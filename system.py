@@ -29,6 +29,20 @@ def device_name(device):
     return f"CPU {models[0]}" if models else "CPU"
 
 
+def resolve_device(name):
+    """torch.device of a name: auto (CUDA where it is there, else cpu), cpu, cuda or cuda:N. A CUDA device has its index.
+    ValueError for what is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = str(name).partition(":")
+    if kind not in ("cpu", "cuda") or index and not index.isdecimal():
+        raise ValueError(f"device {name!r} is not supported: choose auto, cpu, cuda or cuda:N")
+    there, index = torch.cuda.device_count() if torch.cuda.is_available() else 0, int(index or 0)
+    if kind == "cuda" and index >= there:
+        raise ValueError(f"device cuda:{index} is not there: torch {torch.__version__} sees {there} CUDA devices")
+    return torch.device(kind, index) if kind == "cuda" else torch.device("cpu")
+
+
 def has_bfloat16(device):
     """Whether a device multiplies bfloat16 matrices in hardware. A CPU without it trains 13 to 20 x slower in bfloat16 than in
     float32. CPUs that are not x86 count as without: none was measured."""

@@ -164,9 +164,48 @@ def test_passes_are_full_and_cuts_are_counted(encoding):
     assert lm.cut == [False, False, True]  # a pass of 64 predicts a 65th token
 
 
-def test_a_target_longer_than_the_context_is_refused():
-    with pytest.raises(ValueError, match="has 65 tokens, and block_size is 64"):
-        scoring.score(tiny_model(False), [([1], [2] * 65)], "float32")
+def test_what_no_pass_can_score_is_none():
+    """A target longer than the context, one without a token, and one with nothing before it."""
+    model, good = tiny_model(False), ([1, 2], [3, 4])
+    scores = scoring.score(model, [([1], [2] * 65), good, ([1], []), ([], [1]), ([1], [2] * 64)], "float32")
+    assert [s is None for s in scores] == [True, False, True, True, False]
+    assert scores[1][0] == pytest.approx(plain_scores(model, [good])[0][0])
+
+
+@torch.no_grad()
+def test_scores_of_packed_texts_are_not_rounded():
+    """Under autocast, queries and keys of a logit spread of 70: bfloat16 scores would be off by a quarter of a nat."""
+    model = GPT(GPTConfig(64, 128, 2, 2, 64, 96)).init_weights(torch.Generator().manual_seed(1))
+    attn = model.h[0].attn
+    attn.q_proj.weight.mul_(60)
+    attn.k_proj.weight.mul_(60)
+    x = torch.randn(1, 40, 64, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(40, 40, dtype=torch.bool).tril()[None, None, 32:]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = attn(x, model.cos[:40], model.sin[:40])
+        packed = attn(x, model.cos[:40], model.sin[:40], scoring.packed_attention(mask))
+    assert (plain - packed).abs().max() < 0.01 * plain.abs().max()
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_cudnn_attention_is_off_while_scoring_and_as_before_afterwards(on, study, monkeypatch):
+    enabled, seen = torch.backends.cuda.cudnn_sdp_enabled, []
+    before, model = enabled(), tiny_model(False)
+    norm = model.norm.forward
+    monkeypatch.setattr(model.norm, "forward", lambda x: seen.append(enabled()) or norm(x))
+    config = evaluate.load_checkpoint(study.ckpt)[1]
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(on)
+        scoring.val_losses(model, study.tokens[:100], "float32")
+        scoring.score(model, [([1, 2], [3]), ([1, 2], [4, 5])], "float32")
+        evaluate.sample(model, config, "a", length=1)
+        assert enabled() is on and len(seen) >= 3 and not any(seen)
+        monkeypatch.setattr(model.norm, "forward", lambda x: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            scoring.score(model, [([1], [2])], "float32")
+        assert enabled() is on
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.02)])
@@ -182,7 +221,8 @@ def test_val_losses_predict_every_token_once(study, encoding, dtype, tolerance):
     nats, counts = scoring.val_losses(model, tokens, dtype)
     assert counts.sum() == n == len(tokens) - 1 and counts[0] == 64
     assert np.abs(nats / counts - np.array(expected) / counts).max() < tolerance
-    results, rows = evaluate.run_val(model, dict(data_dir=str(study.data), vocab_size=4160, eval_tokens=0), encoding, dtype)
+    config = dict(data_dir=str(study.data), vocab_size=4160, eval_tokens=0, data=study.meta)
+    results, rows = evaluate.run_val(model, evaluate.val_tokens(config), encoding, dtype)
     assert results["val_loss"] == pytest.approx(sum(expected) / n, abs=tolerance)
     assert results["val_ppl"] == pytest.approx(math.exp(results["val_loss"])) and results["val_tokens"] == n
     # meta.json counts the bytes of all text; the very first token is predicted by nothing
@@ -191,7 +231,7 @@ def test_val_losses_predict_every_token_once(study, encoding, dtype, tolerance):
     assert sum(row["nats"] for row in rows) == pytest.approx(nats.sum())
     spread = (nats / counts).std() / len(nats) ** 0.5
     assert spread / 1.5 < results["val_loss_stderr_bootstrap"] < spread * 1.5
-    part, _ = evaluate.run_val(model, dict(data_dir=str(study.data), vocab_size=4160, eval_tokens=100), encoding, dtype)
+    part, _ = evaluate.run_val(model, evaluate.val_tokens(dict(config, eval_tokens=100)), encoding, dtype)
     assert part["val_tokens"] == 100 and part["val_loss"] != results["val_loss"]
 
 
@@ -474,11 +514,12 @@ def test_wrong_row_folders(tmp_path):
         folder = write_rows(tmp_path / str(len(expected)), **files)
         with pytest.raises(ValueError, match=expected):
             evaluate.local_rows(folder)
-    (folder / "lambada_openai.jsonl").write_bytes(b'{"text": "\xff"}\n')
     for row_file in folder.glob("hella*"):
         row_file.unlink()
-    with pytest.raises(ValueError, match="cannot be read: 'utf-8'"):
-        evaluate.local_rows(folder)
+    for content in (b'{"text": "a b"}\n{"text": "\xff"}\n', '{"text": "a b"}\n'.encode("utf-16")):
+        (folder / "lambada_openai.jsonl").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"lambada_openai.jsonl, line {1 + (content[0] == 123)}: not JSON"):
+            evaluate.local_rows(folder)
 
 
 def test_wrong_checkpoints_and_folders(study, monkeypatch):
