@@ -278,12 +278,16 @@ def evaluate(name, path, local, built, args, old=None, out=None):
                 if part == "val":
                     got, rows = run_val(model, val_tokens(config), encoding, dtype)
                 else:
-                    task = built[part] = built.get(part) or build_task(part, splits)
+                    if part not in built:
+                        built[part] = build_task(part, splits)
+                    if isinstance(built[part], Exception):
+                        raise built[part]
                     lm = built[kind] = built.get(kind) or adapter(encoding, config["block_size"])
                     lm.model, lm.dtype, lm.desc = model, dtype, f"{name} {part}"
-                    got, rows = run_task(part, task, lm)
+                    got, rows = run_task(part, built[part], lm)
                 lines = [json.dumps(row, allow_nan=False) + "\n" for row in (got, *rows)][1:]
             except (OSError, ValueError, ArithmeticError) as e:
+                built.setdefault(part, e)  # what cannot be reached is not asked for again: that takes long
                 if known and isinstance(e, OSError):
                     key = before  # what local rows gave earlier is not lost by a start without them
                 else:

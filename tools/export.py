@@ -93,7 +93,8 @@ def export(checkpoint, folder):
         "generation_config.json": dict(bos_token_id=encoding.eot_token, eos_token_id=encoding.eot_token),
         "tokenizer.json": tokenizer_json(encoding),
         "tokenizer_config.json": dict(
-            tokenizer_class="PreTrainedTokenizerFast", bos_token=eot, eos_token=eot, unk_token=eot,
+            tokenizer_class="PreTrainedTokenizerFast", bos_token=eot, eos_token=eot, unk_token=eot, pad_token=eot,
+            padding_side="left",  # what is generated follows the text
             model_max_length=config["block_size"], clean_up_tokenization_spaces=False, add_prefix_space=False),
     }
     aside = folder.with_name(folder.name + ".tmp")
