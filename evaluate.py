@@ -1,12 +1,12 @@
 """Evaluate final checkpoints: val perplexity, HellaSwag 10-shot, LAMBADA 0-shot, WikiText.
 
-    python evaluate.py out/80m [--rows DIR]              every finished run of a study, into out/80m/results.json
+    python evaluate.py out/80m [--rows DIR]              all finished runs of a study, to its results.json
     python evaluate.py --ckpt FILE [--rows DIR]          one checkpoint, as `key: value` lines
-    python evaluate.py --ckpt FILE --sample "Once upon"  a continuation, so that a person sees what a model learned
+    python evaluate.py --ckpt FILE --sample "Once upon"  a continuation, to see what a model learned
 
-The tasks are lm-eval's own, with its prompts, shots and metrics; only the scoring of tokens (scoring.py) is ours.
---rows DIR takes local rows in place of a download: hellaswag_train.jsonl with hellaswag_validation.jsonl,
-lambada_openai.jsonl, wikitext_test.jsonl.
+The tasks are lm-eval's own, with its prompts, shots and metrics; only the scoring of tokens (scoring.py) is
+ours. --rows DIR takes local rows in place of a download: hellaswag_train.jsonl with
+hellaswag_validation.jsonl, lambada_openai.jsonl, wikitext_test.jsonl.
 """
 import argparse
 import functools
@@ -36,21 +36,20 @@ TASKS = {
         yaml="hellaswag/hellaswag.yaml", shots=10,
         files={"train": "hellaswag_train.jsonl", "validation": "hellaswag_validation.jsonl"},
         fields={"activity_label": str, "ctx_a": str, "ctx_b": str, "endings": list, "label": (str, int)}),
-    "lambada": dict(
-        yaml="lambada/lambada_openai.yaml", shots=0, files={"test": "lambada_openai.jsonl"}, fields={"text": str}),
-    "wikitext": dict(
-        yaml="wikitext/wikitext.yaml", shots=0, files={"test": "wikitext_test.jsonl"}, fields={"page": str}),
+    "lambada": dict(yaml="lambada/lambada_openai.yaml", shots=0, files={"test": "lambada_openai.jsonl"},
+                    fields={"text": str}),
+    "wikitext": dict(yaml="wikitext/wikitext.yaml", shots=0, files={"test": "wikitext_test.jsonl"},
+                     fields={"page": str}),
 }
 FEWSHOT_SEED = 1234  # lm-eval's default, so that its command line draws the same shots
 BOOTSTRAP = 1000
 LM_EVAL = importlib.metadata.version("lm_eval")
 
 
-# ---- checkpoints ----
-
+# ---- checkpoints
 def load_checkpoint(path, device="cpu"):
-    """(model, config) of a ckpt_*.pt: a GPT in float32 on `device`; config.json's content with the checkpoint's
-    step and tokens. ValueError where the file is no checkpoint."""
+    """(model, config) of a ckpt_*.pt: a GPT in float32 on `device`; config.json's content with step and
+    tokens. ValueError where the file is no checkpoint."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such file: give a run's ckpt_step_*.pt")
@@ -61,8 +60,8 @@ def load_checkpoint(path, device="cpu"):
         model.load_state_dict(state["model"])
         config["data"]["tokenizer"]
     except Exception as e:  # a damaged file can fail anywhere inside the unpickler
-        raise ValueError(f"{path} is no whole checkpoint of train.py ({type(e).__name__}: {str(e)[:150]}): give "
-                         f"another file, or train again") from None
+        raise ValueError(f"{path} is no whole checkpoint of train.py ({type(e).__name__}: {str(e)[:150]}): "
+                         f"give another file, or train again") from None
     return model.to(device).eval(), config
 
 
@@ -70,8 +69,9 @@ def fitting_encoding(config):
     """The tiktoken.Encoding of a checkpoint's data. ValueError where it has more ids than the model."""
     encoding = get_encoding(config["data"]["tokenizer"])
     if encoding.n_vocab > config["vocab_size"]:
-        raise ValueError(f"tokenizer {encoding.name} has {encoding.n_vocab:,} ids and does not fit the checkpoint's "
-                         f"vocab_size {config['vocab_size']:,}: its config names other data than it was trained on")
+        raise ValueError(
+            f"tokenizer {encoding.name} has {encoding.n_vocab:,} ids and does not fit the checkpoint's "
+            f"vocab_size {config['vocab_size']:,}: its config names other data than it was trained on")
     return encoding
 
 
@@ -83,17 +83,16 @@ def final_checkpoints(study_dir):
         if run["status"] == "finished" and path.exists():
             found[path.parent.name] = path
         else:
-            why = f"finished, but {path.name} is gone" if run["status"] == "finished" else run["status"]
-            missing[path.parent.name] = why
+            gone = f", but {path.name} is gone" if run["status"] == "finished" else ""
+            missing[path.parent.name] = run["status"] + gone
     return found, missing
 
 
-# ---- tasks ----
-
+# ---- tasks
 def read_row(line, fields):
-    """A line of a .jsonl file, bytes, as a dict of `fields` {name: type}. ValueError says what is wrong with it."""
+    """A line of a .jsonl file, bytes, as a dict of `fields` {name: type}. ValueError says what is wrong."""
     try:
-        row = json.loads(line.decode("utf-8-sig"))  # Windows' editors begin a file with a byte-order mark
+        row = json.loads(line.decode("utf-8-sig"))  # -sig: a file may begin with a byte-order mark
     except (ValueError, RecursionError):  # among them a number of 5,000 digits, and 5,000 brackets
         raise ValueError("not JSON in UTF-8") from None
     if not isinstance(row, dict):
@@ -108,36 +107,37 @@ def read_row(line, fields):
         if not all(isinstance(ending, str) and ending for ending in row["endings"]):
             raise ValueError("endings are not all texts")
         if row["label"] not in map(str, range(len(row["endings"]))):
-            raise ValueError(f"label {row['label']!r:.60} names none of the {len(row['endings'])} endings")
+            wrong = f"label {row['label']!r:.60} names none of"
+            raise ValueError(f"{wrong} the {len(row['endings'])} endings")
     row = {field: row[field] for field in fields}
-    json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair is a UnicodeEncodeError, a ValueError
+    json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair: UnicodeEncodeError, a ValueError
     return row
 
 
 def read_rows(path, fields):
     """The rows of a .jsonl file, as read_row() gives them. ValueError names file and line."""
-    data, rows = path.read_bytes() if path.exists() else None, []
+    data, rows, wanted = path.read_bytes() if path.exists() else None, [], ", ".join(fields)
     if not data:
-        raise ValueError(f"{path} is {'missing' if data is None else 'empty'}: give one row a line, with "
-                         f"{', '.join(fields)}")
+        gone = "missing" if data is None else "empty"
+        raise ValueError(f"{path} is {gone}: give one row a line, with {wanted}")
     for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), 1):
         try:
             rows.append(read_row(line, fields))
         except ValueError as e:
-            raise ValueError(f"{path}, line {number}: {e}: a row is a JSON object with {', '.join(fields)}") from None
+            raise ValueError(f"{path}, line {number}: {e}: a row is a JSON object with {wanted}") from None
     return rows
 
 
 def local_rows(rows_dir):
-    """{task: (sha256s of its files, {split: rows})} for the tasks with a file in rows_dir. ValueError: a wrong row."""
+    """{task: (sha256s of its files, {split: rows})} of the tasks that have a file in rows_dir."""
     found = {}
     for name, task in TASKS.items():
         paths = {split: Path(rows_dir) / file for split, file in task["files"].items()}
         if any(path.exists() for path in paths.values()):
             splits = {split: read_rows(path, task["fields"]) for split, path in paths.items()}
-            if task["shots"] > len(splits.get("train", ())):
-                raise ValueError(f"{paths['train']} has {len(splits['train'])} rows, fewer than the {task['shots']} "
-                                 f"shots: give more")
+            if len(shots := splits.get("train", [])) < task["shots"]:
+                few = f"{len(shots)} rows, fewer than the {task['shots']} shots"
+                raise ValueError(f"{paths['train']} has {few}: give more")
             found[name] = [sha256_of(path) for path in paths.values()], splits
     if not found:
         files = ", ".join(file for task in TASKS.values() for file in task["files"].values())
@@ -147,7 +147,7 @@ def local_rows(rows_dir):
 
 @functools.cache
 def hub_reachable():
-    """Whether the Hub answers now. Where it does not, `datasets`, not yet imported, is told to look into its cache
+    """Whether the Hub answers. Where not, `datasets`, not yet imported, is told to look into its cache
     only: its own retries take half a minute a data set."""
     import requests
     try:
@@ -160,10 +160,10 @@ def hub_reachable():
 
 
 def build_task(name, splits=None):
-    """lm-eval's stock task `name` with its prompts built, on local rows {split: rows} or else on its own data set.
-    OSError where that cannot be reached."""
+    """lm-eval's stock task `name` with its prompts built, on local rows {split: rows} or else its own data
+    set. OSError where that cannot be reached."""
     offline = splits is None and not hub_reachable()
-    import datasets  # here, because these take seconds, and none of them is needed where all is evaluated already
+    import datasets  # here, because these take seconds and are not needed where all is evaluated already
     import lm_eval
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.tasks._yaml_loader import load_yaml  # TaskManager reads 10,000 other files first
@@ -174,8 +174,9 @@ def build_task(name, splits=None):
     source = config["dataset_path"]
     if splits:
         datasets.disable_progress_bars()
-        config["custom_dataset"] = lambda **_: {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
-        config.update({key: None for key in ("training_split", "validation_split") if config.get(key) not in splits})
+        data = {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
+        config["custom_dataset"] = lambda **_: data
+        config |= {k: None for k in ("training_split", "validation_split") if config.get(k) not in splits}
     try:
         task = ConfigurableTask(config=config)
     except Exception as e:  # whatever datasets, its file systems or the network come up with
@@ -190,8 +191,8 @@ def build_task(name, splits=None):
 
 
 def run_task(name, task, lm):
-    """(results, one row a document) of a built task on an adapter: lm-eval's metrics, and continuous ones, which
-    small models move long before they move accuracy. A document that cannot be scored is named and left out."""
+    """(results, one row a document) of a built task on an adapter: lm-eval's metrics, and continuous ones,
+    which small models move long before accuracy. A document that cannot be scored is named and left out."""
     from lm_eval.api.metrics import mean_stderr
     documents, metrics, rows, left_out = {}, {}, [], []
     responses = getattr(lm, task.instances[0].request_type)(task.instances)
@@ -205,10 +206,11 @@ def run_task(name, task, lm):
         values = task.process_results(doc, list(scores))
         for metric, value in values.items():
             metrics.setdefault(metric, []).append(value)
-        row = dict(id=doc_id, cut=any(cuts), **{key: int(values[key]) for key in ("acc", "acc_norm") if key in values})
+        right = {key: int(values[key]) for key in ("acc", "acc_norm") if key in values}
+        row = dict(id=doc_id, cut=any(cuts), **right)
         if name == "hellaswag":
             lls, gold = [ll for ll, _ in scores], doc["gold"]
-            size = max(1, len(doc["choices"][gold].encode()))  # an ending of "[title]" only is empty for lm-eval
+            size = max(1, len(doc["choices"][gold].encode()))  # lm-eval makes "[title]" an empty text
             row.update(gold=gold, log_likelihoods=lls, gold_nats_per_byte=-lls[gold] / size)
         elif name == "lambada":
             row.update(log_likelihood=scores[0][0], target_nats=-scores[0][0])
@@ -217,12 +219,12 @@ def run_task(name, task, lm):
             row.update(log_likelihood=scores[0], words=words, bytes=size)
         rows.append(row)
     if left_out:
-        tqdm.write(f"{lm.desc}: row {', '.join(str(i + 1) for i in left_out)} left out: a text to score has no token, "
-                   f"nothing before it, or more than {lm.max_length} tokens")
+        tqdm.write(f"{lm.desc}: row {', '.join(str(i + 1) for i in left_out)} left out: a text to score has "
+                   f"no token, nothing before it, or more than {lm.max_length} tokens")
     if not rows:
         raise ValueError("none of its texts can be scored")
-    short = {"perplexity": "ppl", "word_perplexity": "word_ppl", "byte_perplexity": "byte_ppl"}
-    results = {short.get(metric, metric): task.aggregation()[metric](values) for metric, values in metrics.items()}
+    results = {metric.replace("perplexity", "ppl"): task.aggregation()[metric](values)
+               for metric, values in metrics.items()}
     for key in ("acc", "acc_norm", "gold_nats_per_byte", "target_nats"):
         if key in rows[0]:
             values = [row[key] for row in rows]
@@ -235,7 +237,8 @@ def run_task(name, task, lm):
 
 
 def val_tokens(config):
-    """The val tokens (n,) that a run's log used. OSError or ValueError where they are gone or have become others."""
+    """The val tokens (n,) that a run's log used. OSError or ValueError where they are gone or others
+    now."""
     folder = find(config["data_dir"])
     if load_meta(folder)["val_sha256"] != config["data"]["val_sha256"]:
         raise ValueError(f"{folder} holds other val tokens than those that the run's log used")
@@ -253,26 +256,27 @@ def run_val(model, tokens, encoding, dtype):
     results = dict(val_loss=loss, val_ppl=math.exp(loss), val_tokens=int(counts.sum()),
                    val_bits_per_byte=nats.sum() / math.log(2) / lengths[tokens[1:]].sum(),
                    val_loss_stderr_bootstrap=(nats[draws].sum(1) / counts[draws].sum(1)).std(ddof=1))
-    return results, [dict(id=i, nats=n, tokens=int(c)) for i, (n, c) in enumerate(zip(nats.tolist(), counts))]
+    rows = zip(nats.tolist(), counts.tolist())
+    return results, [dict(id=i, nats=n, tokens=int(c)) for i, (n, c) in enumerate(rows)]
 
 
-# ---- evaluating ----
-
+# ---- evaluating
 def evaluate(name, path, local, built, args, old=None, out=None):
-    """All results of one checkpoint, as a dict: val_*, and a dict for each task; {part: {"not_available": why}} for
-    what cannot be had. local: local_rows' answer. built: tasks and adapters that earlier checkpoints made, to which
-    this adds. old: this run's earlier results, kept where the checkpoint is still the same, and the rows too or gone.
-    out: folder for one file a part, with one row a document."""
+    """All results of one checkpoint, as a dict: val_*, and a dict for each task; {part: {"not_available":
+    why}} for what cannot be had. local: local_rows' answer. built: what earlier checkpoints made, to which
+    this adds. old: this run's earlier results, kept where the checkpoint is the same, and the rows too or
+    gone. out: folder for one file a part, with one row a document."""
     model, config = load_checkpoint(path, args.device)
     encoding, dtype = fitting_encoding(config), args.dtype or config["dtype"]
     weights, old, kind = sha256_of(path), old or dict(done={}), (encoding.name, config["block_size"])
     run = dict(checkpoint=path.name, step=config["step"], tokens=config["tokens"], dtype=dtype, done={})
     for part in ("val", *TASKS):
         rows_of, splits = local.get(part, ("hub", None))
-        of = [config["data"].get("val_sha256"), config["eval_tokens"]] if part == "val" else [LM_EVAL, rows_of]
-        key, before, file = [weights, dtype, *of], old["done"].get(part), out and out / f"{name}_{part}.jsonl"
+        val_of = config["data"].get("val_sha256"), config["eval_tokens"]
+        key = [weights, dtype, *(val_of if part == "val" else (LM_EVAL, rows_of))]
+        before, file = old["done"].get(part), out and out / f"{name}_{part}.jsonl"
         results = {k: v for k, v in old.items() if k == part or k.startswith(f"{part}_")}
-        known = bool(results and before and before[:2] == key[:2] and file and file.exists())
+        known = results and before and before[:2] == key[:2] and file and file.exists()
         if not known or before != key:
             try:
                 if part == "val":
@@ -287,7 +291,7 @@ def evaluate(name, path, local, built, args, old=None, out=None):
                     got, rows = run_task(part, built[part], lm)
                 lines = [json.dumps(row, allow_nan=False) + "\n" for row in (got, *rows)][1:]
             except (OSError, ValueError, ArithmeticError) as e:
-                built.setdefault(part, e)  # what cannot be reached is not asked for again: that takes long
+                built.setdefault(part, e)  # what cannot be reached is asked for once: that takes long
                 if known and isinstance(e, OSError):
                     key = before  # what local rows gave earlier is not lost by a start without them
                 else:
@@ -315,15 +319,15 @@ def summary(name, run):
 
 
 def evaluate_study(study_dir, local, args):
-    """results.json of a study folder. ValueError, after all else is done, for a checkpoint that is damaged."""
+    """Write results.json of a study folder. ValueError, once all else is done, for a damaged checkpoint."""
     if not study_dir.is_dir():
         raise ValueError(f"{study_dir}: no such folder: give a study's, such as out/mini")
     checkpoints, missing = final_checkpoints(study_dir)
     for name, why in missing.items():
         print(f"{name} is left out: {why}")
     if not checkpoints:
-        raise ValueError(f"{study_dir} holds no final checkpoint of a finished run: train first, as with bash "
-                         f"sweep.sh {study_dir.name}")
+        raise ValueError(f"{study_dir} holds no final checkpoint of a finished run: train first, as with "
+                         f"bash sweep.sh {study_dir.name}")
     path, runs, built, damaged = study_dir / "results.json", {}, {}, []
     try:
         old = read_json(path, dict(runs={}))["runs"]
@@ -351,14 +355,15 @@ def evaluate_study(study_dir, local, args):
 
 
 def sample(model, config, text, length=200, temperature=0.8, top_k=200, seed=1337):
-    """`text` and a continuation of up to `length` tokens, which ends early where the model ends the document."""
+    """`text` and a continuation of up to `length` tokens, which ends early where the model ends the
+    document."""
     encoding, device = fitting_encoding(config), model.wte.weight.device
     generator = torch.Generator().manual_seed(seed)
     ids, new = encoding.encode_ordinary(text) or [encoding.eot_token], []
     for _ in range(length):
-        idx = torch.tensor([(ids + new)[-config["block_size"]:]], device=device)  # the context slides once it is full
+        idx = torch.tensor([(ids + new)[-config["block_size"]:]], device=device)  # slides once it is full
         with inference(device, config["dtype"]):
-            logits = model.logits(model.hidden(idx)[:, -1])[0, :encoding.n_vocab].cpu()  # padded ids are no text
+            logits = model.logits(model.hidden(idx)[:, -1])[0, :encoding.n_vocab].cpu()  # others are no text
         best, which = logits.topk(min(top_k, len(logits)))
         new.append(which[torch.multinomial((best / temperature).softmax(-1), 1, generator=generator)].item())
         if new[-1] == encoding.eot_token:
@@ -367,8 +372,8 @@ def sample(model, config, text, length=200, temperature=0.8, top_k=200, seed=133
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = fail
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.error = fail  # in one line
     place = lambda text: find(Path(text).expanduser())
     parser.add_argument("study", nargs="?", type=place, help="a study's folder, such as out/80m")
     parser.add_argument("--ckpt", type=place, help="one checkpoint instead")

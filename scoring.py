@@ -1,4 +1,4 @@
-"""How a checkpoint scores text: val loss by block, log-likelihoods of continuations, and lm-eval's view of it."""
+"""How a checkpoint scores text: val loss, log-likelihoods of continuations, and lm-eval's view of it."""
 import contextlib
 import functools
 import itertools
@@ -17,7 +17,8 @@ HEAD_ROWS = 1024  # positions whose logits exist at once: 200 MB in float32 at 5
 
 @contextlib.contextmanager
 def inference(device, dtype):
-    """No gradients, autocast to dtype, no attention of cuDNN's: it plans anew for each of the many shapes here."""
+    """No gradients, autocast to dtype, no attention of cuDNN's, which plans for each new shape: here are
+    many."""
     cudnn = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
@@ -28,8 +29,9 @@ def inference(device, dtype):
 
 
 def val_losses(model, tokens, dtype):
-    """Nats summed over each block of block_size targets, and how many they are, both float64 (n_blocks,): every
-    token of `tokens` (n,) is predicted once, in order, the block before it unseen, as in train.py's val loss."""
+    """Nats summed over each block of block_size targets, and how many they are, both float64 (n_blocks,):
+    each of `tokens` (n,) is predicted once, in order, the block before it unseen, as in train.py's val
+    loss."""
     device, size = model.wte.weight.device, model.config.block_size
     starts = np.arange(0, len(tokens) - 1, size)
     nats, counts = np.zeros(len(starts)), np.minimum(size, len(tokens) - 1 - starts).astype(float)
@@ -45,9 +47,10 @@ def val_losses(model, tokens, dtype):
 
 
 def share(pairs, block_size):
-    """Groups (context, [(index, target), ...]) of consecutive (context, target) pairs: a group has one context,
-    cut on the left as lm-eval's hf model does, and its targets fit behind it in one pass of block_size tokens. In
-    no group is what cannot be scored: a target of no token, of more than block_size, or with nothing before it."""
+    """Groups (context, [(index, target), ...]) of consecutive (context, target) pairs: a group has one
+    context, cut on the left as lm-eval's hf model does, and its targets fit behind it in a pass of
+    block_size tokens. In no group is what cannot be scored: a target of no token, of more than block_size,
+    or with nothing before it."""
     groups, length = [], 0
     for i, (context, target) in enumerate(pairs):
         if not context or not 0 < len(target) <= block_size:
@@ -78,10 +81,10 @@ def batches(groups, limit):
 
 
 def pack(groups, device):
-    """One pass over groups: idx and pos (B, T), mask (B, 1, S, T) of the last S tokens, and flat rows (n,) of
-    the hidden states that predict the targets, in order. The contexts end by column T - S, padded on the right,
-    and the targets follow, each with the positions right behind its own context. pos and mask are None where every
-    group has one target: plain causal order does."""
+    """One pass over groups: idx and pos (B, T), mask (B, 1, S, T) of the last S tokens, and flat rows (n,)
+    of the hidden states that predict the targets, in order. The contexts end by column T - S, padded on the
+    right, and the targets follow, each with the positions right behind its own context. pos and mask are
+    None where every group has one target: plain causal order does."""
     single = all(len(targets) == 1 for _, targets in groups)
     bodies = [context + targets[0][1][:-1] if single else context for context, targets in groups]
     C = max(map(len, bodies))
@@ -103,8 +106,8 @@ def pack(groups, device):
     idx, pos, owner, rows = (torch.from_numpy(np.asarray(a)).to(device) for a in (idx, pos, owner, rows))
     if S == 0:
         return idx, None, None, rows
-    lengths = torch.tensor([len(body) for body in bodies], device=device)
-    of_context = (torch.arange(C, device=device) < lengths[:, None])[:, None].expand(-1, S, -1)
+    lengths = torch.tensor([[len(body)] for body in bodies], device=device)
+    of_context = (torch.arange(C, device=device) < lengths)[:, None].expand(-1, S, -1)
     of_target = (owner[:, :, None] == owner[:, None, :]).tril()
     return idx, pos, torch.cat((of_context, of_target), dim=-1)[:, None], rows
 
@@ -135,9 +138,9 @@ def hidden(model, idx, pos, mask):
 
 
 def score(model, pairs, dtype, desc=None):
-    """[(log-likelihood in nats, whether greedy decoding gives the target)] of [(context, target)], both lists of
-    token ids; None for a pair that cannot be scored, as share() says. Consecutive pairs with the same context share
-    one pass over it, and the head runs only where something is scored."""
+    """[(log-likelihood in nats, whether greedy decoding gives the target)] of [(context, target)], lists of
+    token ids; None for a pair that share() leaves out. Consecutive pairs with the same context share one
+    pass over it, and the head runs only where something is scored."""
     device, results = model.wte.weight.device, [None] * len(pairs)
     # one autocast around all passes: it keeps its bfloat16 copies of the weights until it ends
     bar = tqdm(total=len(pairs), desc=desc, unit="text", disable=None, leave=False)
@@ -161,9 +164,9 @@ def score(model, pairs, dtype, desc=None):
 
 
 def adapter(encoding, block_size):
-    """lm-eval's view of a checkpoint: a TemplateLM whose `model` and `dtype` are set from outside, so that one
-    adapter, with all texts tokenised once, serves every checkpoint of a tokenizer. After a call `cut` tells which
-    requests lost context; the answer to one that cannot be scored is None."""
+    """lm-eval's view of a checkpoint: a TemplateLM whose `model`, `dtype` and `desc` are set from outside,
+    so that one, with all texts tokenised once, serves every checkpoint of a tokenizer. After a call `cut`
+    tells which requests lost context; the answer to one that cannot be scored is None."""
     from lm_eval import utils  # here, because lm_eval takes seconds to import
     from lm_eval.api.model import TemplateLM
 
@@ -188,7 +191,8 @@ def adapter(encoding, block_size):
         def loglikelihood_rolling(self, requests, disable_tqdm=False):
             rolling = functools.partial(utils.get_rolling_token_windows, prefix_token=self.prefix_token_id,
                                         max_seq_len=block_size, context_len=1)
-            windows = [[*map(utils.make_disjoint_window, rolling(self.tok_encode(r.args[0])))] for r in requests]
+            texts = [self.tok_encode(request.args[0]) for request in requests]
+            windows = [[*map(utils.make_disjoint_window, rolling(text))] for text in texts]
             scores = iter(score(self.model, list(itertools.chain(*windows)), self.dtype, self.desc))
             self.cut = [False] * len(requests)
             return [sum(next(scores)[0] for _ in w) for w in windows]
