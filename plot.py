@@ -50,7 +50,7 @@ matplotlib.rcParams.update({
 
 def amount(tokens):
     """1966080 -> '1.97M', 20480 -> '20.5k'."""
-    return f"{tokens / 1e6:.3g}M" if tokens >= 1e5 else f"{tokens / 1e3:.3g}k"
+    return f"{tokens / 1e6:.3g}M" if tokens >= 1e5 else f"{tokens / 1e3:.3g}k" if tokens else "0"
 
 
 def short(lr):
@@ -123,8 +123,8 @@ def rows_at(runs, tokens):
 
 
 def spectrum(run, layer, step):
-    """Singular values (head_dim,) of a run's keys, each head divided by its largest, mean over heads; None, and a
-    line that says so, where the file is missing or broken."""
+    """Singular values (head_dim,) of a run's keys, each head divided by its largest, mean over heads; None, and
+    a line on it, where the file is missing or broken."""
     try:
         s = np.load(run["dir"] / f"sv_layer_{layer}_step_{step}.npy").astype(float)
         return (s / s[:, :1]).mean(0)
@@ -377,7 +377,7 @@ def lr_sweep(sweep, picks):
                 ax.plot(lr, roof, "X", color=color, markersize=11, markeredgecolor="white")
                 ax.annotate(f"{lost} of {len(runs)} diverged" if lost < len(runs) else "diverged", (lr, roof),
                             (0, -15), textcoords="offset points", ha="center", fontsize=8)
-        title = "none chosen yet" if rates else "no run yet"
+        title, notes = f"{LABELS[arm]}: {'none chosen yet' if rates else 'no run yet'}", []
         if pick:
             star = dict(marker="*", linestyle="none", markeredgecolor="black")
             ties = [(t["lr"], t["val_loss"]) for t in pick["tried"] if t["lr"] in pick["tie"]]
@@ -386,9 +386,11 @@ def lr_sweep(sweep, picks):
             ax.plot(pick["lr"], pick["val_loss"], color=color, markersize=16, **star)
             ax.annotate(f"{pick['val_loss']:.3f}", (pick["lr"], pick["val_loss"]), (0, -18),
                         textcoords="offset points", ha="center", fontsize=8)
-            title = f"lr {short(pick['lr'])}" + ", not bracketed" * (not pick["bracketed"])
-            title += f", tie with {' and '.join(map(short, pick['tie']))}" * bool(ties)
-        ax.set_title(textwrap.fill(f"{LABELS[arm]}: {title}", 44), fontsize=9)
+            title = f"{LABELS[arm]}: lr {short(pick['lr'])}"
+            notes = ["not bracketed"] * (not pick["bracketed"])
+            notes += [f"tie with {' and '.join(map(short, pick['tie']))}"] * bool(ties)
+        line = ", ".join([title, *notes])
+        ax.set_title(line if len(line) < 46 else f"{title},\n{', '.join(notes)}", fontsize=9)
         ax.set(xscale="log", ylim=(min(losses) - 2 * pad, roof + 0.7 * pad))
         if rates:
             ax.set_xlim(min(rates) / 1.5, max(rates) * 1.5)
@@ -464,7 +466,7 @@ def run_page(run):
         name = re.sub(r"_layer_\d+$", "", key)
         if name not in {*itertools.chain(*PANELS.values()), *HEATS}:
             (panels if name == key else heats)[name] = {key: ""} if name == key else name
-    n, end = len(panels) + len(heats), max(rows[-1]["tokens"], 1)
+    n, end = len(panels) + len(heats), rows[-1]["tokens"] or c["batch_tokens"]
     height = 1.8 * math.ceil(n / 2)
     fig = Figure((WIDTH, height + 3))
     upper, lower = fig.subfigures(2, 1, height_ratios=[height, 3])
@@ -473,7 +475,8 @@ def run_page(run):
         for (key, name), color in zip(panel.items(), ("#E69F00", "#0072B2", "#009E73", "#CC79A7")):
             ax.plot(*series(run, key), "." * (len(rows) < 20) + "-", color=color, linewidth=1.4, label=name)
         if len(panel) > 1:
-            ax.legend(fontsize=8, handlelength=1.2, ncols=len(panel) // 2, columnspacing=1)
+            ax.legend(fontsize=8, handlelength=1.2, ncols=len(panel) // 2, columnspacing=1,
+                      loc="best" if len(panel) == 2 else "upper right")
         ax.set_title(title, fontsize=9)
     loss, pr, norm, _, speed = axes[:len(PANELS)]
     loss.set_ylim(top=min(loss.get_ylim()[1], 2 * math.log(c["vocab_size"])))  # beyond it a run has exploded
@@ -483,7 +486,7 @@ def run_page(run):
     norm.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(),
                    major_formatter=FuncFormatter(lambda y, _: f"{y:g}"))
     at = np.array([row["tokens"] for row in rows])
-    edges = np.array([at[0], *(at[1:] + at[:-1]) / 2, max(at[-1], at[0] + 1)])
+    edges = np.array([at[0], *(at[1:] + at[:-1]) / 2, end])
     for ax, (name, title) in zip(axes[len(panels):], heats.items()):
         y = np.array([layer_values(row, name) or [None] * c["n_layer"] for row in rows], dtype=float).T
         scale = dict(cmap="RdYlBu", vmin=1, vmax=head_dim(c)) if name == "pr" else {}

@@ -234,8 +234,8 @@ def test_sweep_shows_each_seed_their_mean_and_the_ties():
     _, sweep, picks = synthetic.study(sweep_seeds=(1, 2, 3), noise=dict(loss=0.1), diverged=[lost])
     assert any(pick["tie"] for pick in picks.values()) and not all(pick["tie"] for pick in picks.values())
     for ax, arm in zip(plot.lr_sweep(sweep, picks).axes, ARMS):
-        losses = {lr: [r["val_loss"] for r in sweep if (r["config"]["arm"], r["config"]["learning_rate"]) == (arm, lr)]
-                  for lr in grid("mini", arm)}
+        mine = [(r["config"]["learning_rate"], r["val_loss"]) for r in sweep if r["config"]["arm"] == arm]
+        losses = {lr: [y for x, y in mine if x == lr] for lr in grid("mini", arm)}
         whole = {lr: np.mean(v) for lr, v in losses.items() if np.isfinite(v).all()}
         [line] = lines_in(ax, arm, 1.8)
         assert np.allclose(line.get_xydata(), [*whole.items()]) and len(whole) == 5 - (arm == "adamw")
@@ -268,7 +268,7 @@ def test_rates_show_the_sweep_and_one_seed_at_the_main_budget():
     assert [len(lines_in_marker(ax, "X")) for ax in axes] == [0, 1, 0, 0]
     assert axes[2].get_ylim() == axes[3].get_ylim() and axes[0].get_xlim() == axes[3].get_xlim()
     axes = plot.rates(sweep, [], main, picks, [137, 42]).axes  # the stage was not run: the first main seed stands alone
-    assert len(axes) == 4 and all(len(line.get_xdata()) == 1 for line in lines_in(axes[1], "muon", 1.6))
+    assert len(axes) == 4 and len(lines_in(axes[1], "muon", 1.6)[0].get_xdata()) == 1
     assert "seed 137" in axes[1].get_title()
     assert len(plot.rates(sweep, [], [], {}, [42]).axes) == 2
     assert isinstance(plot.rates([], [], [], {}, [42]), str)
@@ -278,7 +278,8 @@ def test_copies_damaged_and_foreign_folders_are_named_and_left_out(tmp_path, mon
     d = synthetic.make_study(tmp_path / "study", scale="ci", beside={})
     run_plot(d, monkeypatch, capsys)
     before = {p.name: p.read_bytes() for p in (d / "figures").iterdir()}  # the same data give the same bytes
-    bad = ["muon-seed42.bak", "muon-seed7", "adamw-seed9", "adamw-seed8", "sweep/muon-lr0.5", "neighbours/muon-lr0.5"]
+    bad = ["muon-seed42.bak", "muon-seed7", "adamw-seed9", "adamw-seed8", "sweep/muon-lr0.5",
+           "neighbours/muon-lr0.5"]
     for folder in bad:
         shutil.copytree(d / "muon-seed42", d / folder)
     (d / "muon-seed7/config.json").write_text("")
@@ -287,7 +288,8 @@ def test_copies_damaged_and_foreign_folders_are_named_and_left_out(tmp_path, mon
     (d / "adamw-seed9/config.json").write_text(json.dumps(config | dict(seed=9)))
     (d / "adamw-seed9/log.jsonl").write_text("{\n{}\n")
     lines = run_plot(d, monkeypatch, capsys)
-    assert sorted(line.split(" is left out")[0] for line in lines if "left out: " in line) == sorted(str(d / b) for b in bad)
+    named = sorted(line.split(" is left out: ")[0] for line in lines if " is left out: " in line)
+    assert named == sorted(str(d / folder) for folder in bad)
     assert before == {p.name: p.read_bytes() for p in (d / "figures").iterdir()}
 
 
@@ -385,14 +387,16 @@ def test_comparison_of_studies_and_of_runs(tmp_path, monkeypatch, capsys):
         assert lines[0].get_linestyle() != lines[1].get_linestyle()
     run_plot(a / "muon-seed42", monkeypatch, capsys, b / "muon-seed42")
     assert (b / "muon-seed42/compare_mean_pr.png").exists()
-    for args, says in ([a, a], "each named once"), ([a, tmp_path / "none"], "is no folder"), ([a, tmp_path], "no log row"):
+    for args, says in (([a, a], "each named once"), ([a, tmp_path / "none"], "is no folder"),
+                       ([a, tmp_path], "no log row")):
         with pytest.raises(SystemExit, match=says):
             plot.main([*map(str, args)])
 
 
 # ---- how it reads
 @pytest.mark.parametrize("kw", [
-    dict(scale="ci", arms=FROZEN, beside={}), dict(scale="80m", arms=FROZEN, seeds=(42, 137, 7), sweep_seeds=(1, 2, 3)),
+    dict(scale="ci", arms=FROZEN, beside={}),
+    dict(scale="80m", arms=FROZEN, sweep_seeds=(1, 2, 3)),
     dict(diverged=["adamw-seed137", "muon_qk", "adamw-lr0.008"], unbracketed=["muon"], arms=FROZEN,
          sweep_seeds=(1, 2, 3), noise=dict(loss=0.05))])
 def test_no_text_is_cut_and_no_tick_labels_touch(tmp_path, monkeypatch, capsys, kw):
