@@ -480,7 +480,7 @@ def run_page(run):
         ax.set_title(title, fontsize=9)
     loss, pr, norm, _, speed = axes[:len(PANELS)]
     loss.set_ylim(top=min(loss.get_ylim()[1], 2 * math.log(c["vocab_size"])))  # beyond it a run has exploded
-    pr.set_ylim(0, 1.5 * pr.get_ylim()[1])  # room for the legend
+    pr.set_ylim(0, 1.7 * pr.get_ylim()[1])  # room for the legend
     speed.set_ylim(bottom=0)
     norm.set_yscale("log")
     norm.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(),
