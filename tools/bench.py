@@ -223,7 +223,7 @@ def bench_nanogpt(folder, rounds=9):
         for pipe in pipes:
             pipe.send(0)
         show(f"{scale}, {layers} layers, compiled", seconds, "ours", "nanoGPT",
-             steps * micro * config_of(scale).block_size, "tokens/s")
+             steps * micro * config_of(scale).block_size)
 
 
 def bench_looks(rounds=3):
