@@ -42,19 +42,22 @@ PAIRS = list(itertools.combinations(FACTORIAL, 2))
 LOSS_MARGIN = 0.02  # nats a token, 2 % of perplexity: a lead below it is a tie
 PR_MARGIN = 0.05  # of the head dim: a 95 % half-width above it is noise
 COLLAPSE = 0.75  # 'collapsed': at most this share of the highest arm's mean PR
-CAUTION = 1.25  # large enough that no pattern of noise and effects tried in simulation exceeds ALPHA
+CAUTION = 1.25  # with it ALPHA holds in every pattern of noise and effects that was simulated: docs/power.md
 SCENARIOS = {  # the plan's step 10; the first of A, C, B, D whose conditions all hold, else none of them
     "A": ["Muon has the lowest loss, its lead over the runner-up resolved",
           f"that lead is not shown to be under {LOSS_MARGIN} nats",
-          "Muon has the highest mean PR, its lead over the runner-up resolved, and is first under every definition"],
-    "B": ["Muon has the highest mean PR, its lead over the runner-up resolved, and is first under every definition",
-          f"a lead of Muon on loss of {LOSS_MARGIN} nats or more over every other arm is excluded: it ties or loses"],
+          "Muon has the highest mean PR, its lead over the runner-up resolved, and is first under every "
+          "definition"],
+    "B": ["Muon has the highest mean PR, its lead over the runner-up resolved, and is first under every "
+          "definition",
+          f"a lead of Muon on loss of {LOSS_MARGIN} nats or more over every other arm is excluded: it ties or "
+          "loses"],
     "C": ["AdamW + QK-Norm has the lowest loss, its lead over the runner-up resolved",
           "a resolved PR contrast goes against it: higher under Muon, or lower with QK-Norm",
           f"its mean PR is at most {COLLAPSE} of the highest arm's"],
-    "D": ["on loss or on PR no contrast is resolved while the 95 % half-width of a difference of two arms exceeds the "
-          f"margin ({LOSS_MARGIN} nats, {100 * PR_MARGIN:g} % of the head dim); or an arm diverges in some seeds and "
-          "finishes in others"]}
+    "D": ["on loss or on PR no contrast is resolved while the 95 % half-width of a difference of two arms "
+          f"exceeds the margin ({LOSS_MARGIN} nats, {100 * PR_MARGIN:g} % of the head dim); or an arm diverges in "
+          "some seeds and finishes in others"]}
 PR_NAMES = ["pr", "pr_centered", "pr_weight"]  # a PR claim has to hold in sign under all of them
 
 
@@ -88,9 +91,9 @@ def pair(y_m, a, b):
 
 
 def detectable(e, n, power=0.8):
-    """The true effect that a study of n seeds with the standard error and degrees of freedom of e, an estimate(),
-    claims with probability `power` in the step-down's first step, by the noncentral t distribution; in e's unit."""
-    cutoff = -stdtrit(e["dof"], ALPHA / (len(MEASURES) * len(CONTRASTS)) / (n / (n - CAUTION)) / 2)
+    """The true effect, in e's unit, that a study of n seeds with the standard error and degrees of freedom of e, an
+    estimate(), claims with probability `power` in the first of the steps: by the noncentral t distribution."""
+    cutoff = -stdtrit(e["dof"], ALPHA * (n - CAUTION) / n / (len(MEASURES) * len(CONTRASTS)) / 2)
     return float(nctdtrinc(e["dof"], 1 - power, cutoff)) * e["se"]
 
 
@@ -111,21 +114,23 @@ def spread(y_m):
 
 
 def seed_correlation(y_m):
-    """Are paired seeds worth anything? dict(mean: correlation over seeds, mean over pairs of arms (+-1 each with two
-    seeds, and so no news; nan where no two arms vary), pairs: {(a, b): (standard deviation of b - a over seeds,
-    sqrt(s_a^2 + s_b^2), which it is without pairing)}, helped: the number of pairs whose first is the smaller)."""
+    """Are paired seeds worth anything? dict(mean: correlation over seeds, mean over pairs of arms (+-1 each with
+    two seeds, and so no news; nan where no two arms vary), pairs: {(a, b): (standard deviation of b - a over
+    seeds, sqrt(s_a^2 + s_b^2), which it is without pairing)}, helped: pairs whose first is the smaller)."""
     s, pairs, r = spread(y_m), {}, []
     for a, b in itertools.combinations(y_m, 2):
         d = np.subtract(y_m[b], y_m[a])
         pairs[a, b] = float(d.std(ddof=1)), math.hypot(s[a], s[b])
         if s[a] and s[b]:
             r.append(np.corrcoef(y_m[a], y_m[b])[0, 1])
-    return dict(mean=float(np.mean(r)) if r else math.nan, pairs=pairs, helped=sum(p < q for p, q in pairs.values()))
+    return dict(mean=float(np.mean(r)) if r else math.nan, pairs=pairs,
+                helped=sum(p < q for p, q in pairs.values()))
 
 
 def rate_range(values, weights):
-    """(lowest, highest) of a weighted sum over arms when each arm may have any of its values {arm: [at half the chosen
-    rate, at it, at twice]}. A loss is inf where the rate diverged; a nan (a PR that does not exist) may be anything."""
+    """(lowest, highest) of a weighted sum over arms when each arm may have any of its values {arm: [at half the
+    chosen rate, at it, at twice]}. A loss is inf where the rate diverged; a nan, a PR that does not exist, may be
+    anything."""
     ends = [sorted((w * min(values[a]), w * max(values[a]))) for a, w in weights.items()]
     low, high = sum(a for a, _ in ends), sum(b for _, b in ends)
     if any(map(math.isnan, (low, high, *(v for a in weights for v in values[a])))):
@@ -140,8 +145,8 @@ def sign_holds(values, weights):
 
 
 def decide(p_contrast, p_best, p_tie):
-    """Step-down decisions. p_contrast: {measure: {contrast: p}}, p_best: {measure: p}, p_tie: p, for 'loss' and 'pr'.
-    Returns adjusted p-values {(measure, name): p}, name a contrast, 'best' or 'tie'; claimed where <= ALPHA."""
+    """Step-down decisions. p_contrast: {measure: {contrast: p}}, p_best: {measure: p}, p_tie: p, for 'loss' and
+    'pr'. Returns adjusted p-values {(measure, name): p}, name a contrast, 'best' or 'tie'; claimed where <= ALPHA."""
     waiting = {(m, c): p for m in p_contrast for c, p in p_contrast[m].items()}
     waiting |= {(m, "best"): p for m, p in p_best.items()} | {("loss", "tie"): p_tie}
     resolved, adjusted, floor = {m: 0 for m in p_contrast}, {}, 0.0
@@ -153,23 +158,23 @@ def decide(p_contrast, p_best, p_tie):
         h = min(ready, key=ready.get)
         floor = max(floor, min(1.0, k * waiting[h]))
         if floor > ALPHA:  # nothing after it can be claimed: the rest is adjusted by the same k
-            return adjusted | {h: min(1.0, max(floor, k * p)) if h in ready else 1.0 for h, p in waiting.items()}
+            return adjusted | {h: min(1.0, max(floor, k * p)) if h in ready else 1.0
+                               for h, p in waiting.items()}
         adjusted[h] = floor
         del waiting[h]
         resolved[h[0]] += h[1] in CONTRASTS
 
 
 def analyse(y):
-    """Everything that verdict() and the report take from y: {(measure, name): estimate() with p_adjusted, claimed and,
-    for PR, holds (same sign under every definition)}, where measure is loss or pr and name a contrast or 'best'. 'best'
-    has its arm, the runner-up as second, the lead over it as effect, and the arm with the largest p-value, which is its
-    p, as against. ("loss", "tie") says whether a lead of Muon of LOSS_MARGIN or more over every other arm is excluded.
-    """
+    """Everything that verdict() and the report take from y: {(measure, name): estimate() with p_adjusted, claimed
+    and holds (a claim, and for PR of the same sign under every definition)}, name a contrast or 'best'. 'best' has
+    its arm, the runner-up as second, the lead over it as effect and half, and as against the arm with the largest
+    p-value, which is its p. ("loss", "tie"): is a lead of Muon of LOSS_MARGIN or more over every other excluded?"""
     stat = {m: {a: moments(y[m][a]) for a in FACTORIAL} for m in MEASURES}
     out = {(m, c): combine(stat[m], w) for m in MEASURES for c, w in CONTRASTS.items()}
-    muon = [combine(stat["loss"], {"muon": 1, a: -1}) for a in FACTORIAL if a != "muon"]  # > -margin is to be shown
-    bounds = [stdtr(d["dof"], -(d["effect"] + LOSS_MARGIN) / d["se"]) if d["se"] else 1.0 for d in muon]
-    tie = min(1.0, len(bounds) * float(min(bounds)))  # any one of three would do, hence times three
+    muon = [combine(stat["loss"], {"muon": 1, a: -1}) for a in FACTORIAL if a != "muon"]  # to show: > -margin
+    bounds = [float(stdtr(d["dof"], -(d["effect"] + LOSS_MARGIN) / d["se"])) if d["se"] else 1.0 for d in muon]
+    tie = min(1.0, len(bounds) * min(bounds))  # any one of three would do, hence times three
     for m, sign in ("loss", 1), ("pr", -1):
         arm, *others = sorted(FACTORIAL, key=lambda a: sign * stat[m][a][0])
         leads = {a: combine(stat[m], {a: sign, arm: -sign}) for a in others}
@@ -179,7 +184,8 @@ def analyse(y):
     out["loss", "tie"] = dict(p=tie)
     n = len(y["loss"]["muon"])
     p = {h: min(1.0, e["p"] * n / (n - CAUTION)) for h, e in out.items()}
-    adjusted = decide({m: {c: p[m, c] for c in CONTRASTS} for m in MEASURES}, {m: p[m, "best"] for m in MEASURES},
+    adjusted = decide({m: {c: p[m, c] for c in CONTRASTS} for m in MEASURES},
+                      {m: p[m, "best"] for m in MEASURES},
                       p["loss", "tie"])
     for (m, name), e in out.items():
         e["p_adjusted"] = adjusted[m, name]
@@ -197,9 +203,10 @@ def decision(e):
 
 
 def verdict(y, diverged=None, head_dim=64):
-    """The plan's step 10, from analyse(y) alone: (outcome, conditions, analysis). outcome: A, B, C, D, 'none' (of the
-    four) or 'no verdict'. conditions: [(scenario, what it needs, whether it is met, the numbers)]. diverged: {arm:
-    number of seeds} of runs whose loss is infinite; analysis is {} where no finite contrast exists."""
+    """The plan's step 10, from analyse(y) alone: (outcome, conditions, analysis). outcome: A, B, C, D, 'none' (of
+    the four) or 'no verdict'. conditions: [(scenario, what it needs, whether it is met, the numbers)]. diverged:
+    {arm: number of seeds} of runs whose loss is infinite; analysis is {} where no finite contrast exists. head_dim:
+    what PR is out of."""
     n = len(y["loss"]["muon"])
     if n < 2:
         return "no verdict", [("any", "two seeds or more", False,
@@ -214,14 +221,13 @@ def verdict(y, diverged=None, head_dim=64):
             ("D", "an arm diverges in some seeds and finishes in others", part, facts)], {}
     if same := [LABELS[a] for a in FACTORIAL if not all(moments(y[m][a])[1] for m in MEASURES)]:
         return "no verdict", [("any", "seeds that differ", False,
-                               f"{', '.join(same)}: the runs of different seeds agree to the last digit, so they are "
-                               "not independent: check that the seed reaches initialisation and data order")], {}
+                               f"{', '.join(same)}: the runs of different seeds agree to the last digit, so they "
+                               "are not independent: check that the seed reaches initialisation and data order")], {}
     e = analyse(y)
-    means = {a: np.mean(y["pr"][a]) for a in FACTORIAL}
-    pr_unit = f"of {head_dim}"
+    stat = {m: {a: moments(y[m][a]) for a in FACTORIAL} for m in MEASURES}
 
     def first(m, arm):
-        b, unit, digits = e[m, "best"], *{"loss": ("nats", 4), "pr": (pr_unit, 2)}[m]
+        b, unit, digits = e[m, "best"], *{"loss": ("nats", 4), "pr": (f"of {head_dim}", 2)}[m]
         hardest = f" (against {LABELS[b['against']]})" * (b["against"] != b["second"])
         text = (f"first: {LABELS[b['arm']]}, ahead of {LABELS[b['second']]} by {b['effect']:.{digits}f} "
                 f"± {b['half']:.{digits}f} {unit}, adjusted p {b['p_adjusted']:.2g}{hardest}, {decision(b)}")
@@ -229,10 +235,10 @@ def verdict(y, diverged=None, head_dim=64):
 
     tie = e["loss", "tie"]["claimed"]
     tie_text = f"adjusted p of a lead of {LOSS_MARGIN} nats or more {e['loss', 'tie']['p_adjusted']:.2g}"
-    against = any(e["pr", c]["holds"] and s * e["pr", c]["effect"] > 0 for c, s in (("optimizer", 1), ("qk_norm", -1)))
-    share = means["adamw_qk"] / max(means.values())
+    against = any(e["pr", c]["holds"] and s * e["pr", c]["effect"] > 0
+                  for c, s in (("optimizer", 1), ("qk_norm", -1)))
+    share = stat["pr"]["adamw_qk"][0] / max(mean for mean, *_ in stat["pr"].values())
     margin = {"loss": LOSS_MARGIN, "pr": PR_MARGIN * head_dim}
-    stat = {m: {a: moments(y[m][a]) for a in FACTORIAL} for m in MEASURES}
     widest = {m: max(combine(stat[m], {b: 1, a: -1})["half"] for a, b in PAIRS) for m in MEASURES}
     noisy = any(widest[m] > margin[m] and not any(e[m, c]["claimed"] for c in CONTRASTS) for m in MEASURES)
     facts = {
@@ -241,9 +247,9 @@ def verdict(y, diverged=None, head_dim=64):
         "C": [first("loss", "adamw_qk"), (against, ", ".join(
             f"{c} {e['pr', c]['effect']:+.2f} ± {e['pr', c]['half']:.2f}, {decision(e['pr', c])}"
             for c in ("optimizer", "qk_norm"))),
-            (bool(share <= COLLAPSE), f"share {share:.3f}")],
+            (share <= COLLAPSE, f"share {share:.3f}")],
         "D": [(noisy, f"widest half-width loss {widest['loss']:.3g} nats against {margin['loss']}, "
-                      f"pr {widest['pr']:.3g} against {margin['pr']:g} {pr_unit}")]}
+                      f"pr {widest['pr']:.3g} against {margin['pr']:g} of {head_dim}")]}
     conditions = [(s, text, *fact) for s in SCENARIOS for text, fact in zip(SCENARIOS[s], facts[s], strict=True)]
     met = {s: all(ok for scenario, _, ok, _ in conditions if scenario == s) for s in SCENARIOS}
     return next((s for s in "ACBD" if met[s]), "none"), conditions, e  # C before B: it says more where both hold
@@ -257,8 +263,8 @@ def logit_control(largest):
 
 
 def quadratic_fit(lrs, losses):
-    """(lr, loss) at the minimum of the parabola through the best three points in log LR; None where fewer than three
-    are finite or the parabola has no minimum."""
+    """(lr, loss) at the minimum of the parabola through the best three points in log LR; None where fewer than
+    three are finite or the parabola has no minimum."""
     points = sorted((loss, lr) for lr, loss in zip(lrs, losses) if loss is not None and np.isfinite(loss))[:3]
     if len(points) < 3:
         return None
