@@ -42,7 +42,7 @@ PAIRS = list(itertools.combinations(FACTORIAL, 2))
 LOSS_MARGIN = 0.02  # nats a token, 2 % of perplexity: a lead below it is a tie
 PR_MARGIN = 0.05  # of the head dim: a 95 % half-width above it is noise
 COLLAPSE = 0.75  # 'collapsed': at most this share of the highest arm's mean PR
-CAUTION = 1.25  # with it ALPHA holds in every pattern of noise and effects that was simulated: docs/power.md
+CAUTION = 1.25  # with it ALPHA holds, within Monte Carlo error, in all patterns tried: docs/power.md
 SCENARIOS = {  # the plan's step 10; the first of A, C, B, D whose conditions all hold, else none of them
     "A": ["Muon has the lowest loss, its lead over the runner-up resolved",
           f"that lead is not shown to be under {LOSS_MARGIN} nats",
