@@ -29,6 +29,11 @@ def device_name(device):
     return f"CPU {models[0]}" if models else "CPU"
 
 
+def cores():
+    """CPU cores that this process may use: taskset and cluster schedulers may leave it fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def has_bfloat16(device):
     """Whether a device multiplies bfloat16 matrices in hardware. A CPU without it trains 13 to 20 x slower in bfloat16 than in
     float32. CPUs that are not x86 count as without: none was measured."""
