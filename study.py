@@ -707,6 +707,7 @@ def requeue():
 
 
 UTILISATION = 0.3  # of a GPU's peak, assumed: what small models commonly reach
+COMMON = ("NVIDIA B200", "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA L4", "NVIDIA GeForce RTX 4090")
 
 
 def plan(scale, study_dir):
@@ -745,7 +746,7 @@ def plan(scale, study_dir):
     print(f"  {device_line(jobs)}")
     print(f"  time    {f'about {duration(seconds)} here, by the runs so far' if known else 'no run here yet to measure by'}; "
           f"predicted at {UTILISATION:.0%} of one GPU's bfloat16 peak: " + ", ".join(
-              f"{name} {duration(total / peak / UTILISATION)}" for name, peak in system.PEAK_BF16.items()), flush=True)
+              f"{name} {duration(total / system.PEAK_BF16[name] / UTILISATION)}" for name in COMMON), flush=True)
     existing = next(p for p in [study_dir, *study_dir.parents] if p.exists())
     if (free := shutil.disk_usage(existing).free) < disk + data:
         raise ValueError(f"{existing} has {free / 1e9:.1f} GB free and the study needs {(disk + data) / 1e9:.1f} GB: free some, "

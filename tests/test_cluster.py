@@ -1,5 +1,6 @@
 """What a GPU relies on, shown without one: the compiled step, the loop's own structure, devices, the real 80m shape."""
 import ast
+import shutil
 import subprocess
 import sys
 import time
@@ -10,7 +11,6 @@ import torch
 
 import study
 import system
-from model import GPTConfig
 from test_smoke import ENV, ROOT, TINY, data, tiny_model  # noqa: F401 (data is a fixture)
 
 
@@ -78,8 +78,6 @@ def test_the_step_reads_nothing_from_the_device():
 def test_bfloat16_where_the_cpu_has_it(monkeypatch, capabilities, has):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert system.has_bfloat16("cpu") is has
-
-
 
 
 # ---- the real 80m shape
