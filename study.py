@@ -393,9 +393,10 @@ def stage_runs(scale, stage, study_dir, fixed=False):
         runs = [(study_dir / "neighbours" / run_name("neighbours", arm, lr, SEEDS[0]), arm, SEEDS[0],
                  [f"--learning_rate={lr:g}", "--n_ckpt=0"])
                 for side in (0, 1) for arm in ARMS if arm in picks for lr in [neighbour_lrs(picks[arm]["lr"])[side]]]
-    ended = [] if fixed else [run["dir"] for run in load_runs(study_dir, STAGES[stage]) if run["status"] != "unfinished"]
-    return [(d, [f"config/{scale}.py", f"config/{arm}.py", f"--seed={seed}", *keys, f"--out_dir={os.path.relpath(d, ROOT)}"])
-            for d, arm, seed, keys in runs if d not in ended]
+    begun = [] if fixed else load_runs(study_dir, STAGES[stage])
+    ended = [run["dir"] for run in begun if run["status"] != "unfinished"]
+    return [(d, [f"config/{scale}.py", f"config/{arm}.py", f"--seed={seed}", *keys,
+                 f"--out_dir={os.path.relpath(d, ROOT)}"]) for d, arm, seed, keys in runs if d not in ended]
 
 
 def choose(scale, study_dir):
@@ -427,7 +428,9 @@ FAILED = "exit status"  # begins the line that run_stage() leaves below what a f
 
 
 def duration(seconds):
-    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def holder(folder):
@@ -454,23 +457,24 @@ def look(folder, kind, tokens, batch_tokens):
     passes included once it is finished; tokens, batch_tokens: the budget of a run that has not begun."""
     e = dict(dir=folder, kind=kind, state="waiting", step=0, steps=tokens // batch_tokens, batch_tokens=batch_tokens,
              row={}, flags=[], pace=None, device=None)
-    output = (folder / "output.txt").read_text(errors="replace").splitlines() if (folder / "output.txt").exists() else []
-    if output and output[-1].startswith(FAILED):
+    output = folder / "output.txt"
+    output = output.read_text(errors="replace").splitlines() if output.exists() else [""]
+    if output[-1:] and output[-1].startswith(FAILED):
         e.update(state="failed", flags=output[-2:-1])
     if not (folder / "config.json").exists():
         return e
     try:
         run = load_run(folder)
         now, versions = (read_json(folder / name, {}) for name in ("progress.json", "source/versions.json"))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return e | dict(state="failed", flags=[str(error)])
     c, row, ended = run["config"], dict(*run["rows"][-1:]), run["status"] != "unfinished"
     if not ended:
         row |= {key: value for key, value in now.items() if value is not None}
         e["state"] = "running" if holder(folder) else "failed" if e["state"] == "failed" else "unfinished"
-    e |= dict(row=row, step=row.get("step", 0), steps=c["max_tokens"] // c["batch_tokens"], batch_tokens=c["batch_tokens"],
-              flags=[*dict.fromkeys(f for event in run["events"] for f in event.get("flags", []))] + e["flags"] * (not ended),
-              device=versions.get("device"))
+    flags = [flag for event in run["events"] for flag in event.get("flags", [])]
+    e |= dict(row=row, step=row.get("step", 0), steps=c["max_tokens"] // c["batch_tokens"], device=versions.get("device"),
+              batch_tokens=c["batch_tokens"], flags=[*dict.fromkeys(flags)] + e["flags"] * (not ended))
     e["pace"] = 1 / row["tokens_per_s"] if row.get("tokens_per_s") else None
     if ended:
         e["state"] = run["status"]
@@ -487,7 +491,8 @@ def survey(scale, study_dir, say=lambda line: None):
             runs = stage_runs(scale, stage, study_dir, fixed=True) + stage_runs(scale, stage, study_dir)
             begun = [run["dir"] for run in load_runs(study_dir, kind, say)]
             tokens = SCALES[scale]["sweep_tokens"] if stage == "lr" else c["max_tokens"]
-            entries += [look(folder, kind, tokens, c["batch_tokens"]) for folder in sorted({*begun, *(d for d, _ in runs)})]
+            folders = sorted({*begun, *(folder for folder, _ in runs)})
+            entries += [look(folder, kind, tokens, c["batch_tokens"]) for folder in folders]
     return entries
 
 
@@ -513,9 +518,9 @@ def where(scale, entries, jobs):
     count = collections.Counter(e["state"] for e in entries)
     done = sum(count[state] for state in ENDED)
     seconds = seconds_left(entries, jobs)
-    return ", ".join([f"out/{scale}: {done} of {len(entries)} runs done",
-                      *(f"{count[state]} {state}" for state in ("running", "unfinished", "failed", "diverged") if count[state]),
-                      *([f"about {duration(seconds)} of training left"] if seconds else [])])
+    words = [f"{count[state]} {state}" for state in ("running", "unfinished", "failed", "diverged") if count[state]]
+    words += [f"about {duration(seconds)} of training left"] if seconds else []
+    return ", ".join([f"out/{scale}: {done} of {len(entries)} runs done", *words])
 
 
 def show(bars, scale, study_dir, entries, busy, jobs):
@@ -688,7 +693,8 @@ def run_stage(scale, stage, study_dir, jobs, wanted=lambda arguments: True):
         for bar in bars:
             bar.close()
     if stop:
-        print(f"stopped by {signal.Signals(stop[0]).name}; {where(scale, entries, jobs)}: run the same command again to go on")
+        print(f"stopped by {signal.Signals(stop[0]).name}; {where(scale, entries, jobs)}: run the same command again to "
+              f"go on")
         if stop[0] == signal.SIGTERM:
             requeue()
         sys.exit(128 + stop[0])
@@ -698,8 +704,9 @@ def run_stage(scale, stage, study_dir, jobs, wanted=lambda arguments: True):
 def requeue():
     """On SLURM, put this job into the queue again where its time is up: one that was cancelled or preempted is no longer
     RUNNING. A task is named by its array, whose first task has the array's own id."""
-    env = os.environ
-    job = f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}" if "SLURM_ARRAY_JOB_ID" in env else env.get("SLURM_JOB_ID")
+    job = os.environ.get("SLURM_JOB_ID")
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     if job:
         state = subprocess.run(["squeue", "--noheader", f"--jobs={job}", "--format=%T"], capture_output=True, text=True)
         if state.stdout.strip() == "RUNNING":
@@ -735,16 +742,16 @@ def plan(scale, study_dir):
     memory = ", ".join(f"{m}: {system.training_bytes(gpt_config(c), m) / 2**30:.1f}" for m in sizes)
     here = devices()[0][0][1] if devices()[0] else system.device_name("cpu")
     entries = survey(scale, study_dir)
-    known = any(e["pace"] and e["device"] == here for e in entries)
-    seconds = seconds_left([e | dict(pace=e["pace"] if e["device"] == here else None) for e in entries], jobs) if known else None
-    print(f"scale {scale}: {params / 1e6:.2f}M parameters, {c['n_layer']} layers, width {c['n_embd']}, context {c['block_size']}; "
-          f"left to do: {(n_sweep * sweep_tokens + n_main * main_tokens) / 1e6:.1f}M training tokens, {total:.2e} FLOPs")
+    seconds = seconds_left([e | dict(pace=e["pace"] if e["device"] == here else None) for e in entries], jobs)
+    measured = "no run here yet to measure by" if seconds is None else f"about {duration(seconds)} here, by the runs so far"
+    print(f"scale {scale}: {params / 1e6:.2f}M parameters, {c['n_layer']} layers, width {c['n_embd']}, context "
+          f"{c['block_size']}; left to do: {(n_sweep * sweep_tokens + n_main * main_tokens) / 1e6:.1f}M training tokens, {total:.2e} FLOPs")
     print(f"  runs    {n_sweep} of the sweep, {sweep_tokens / 1e6:.2f}M tokens each (a best rate at an edge adds up to "
           f"{MAX_EXTENSIONS} a side), then {n_main} main runs of {main_tokens / 1e6:.2f}M, seeds {' '.join(map(str, SEEDS))}")
     print(f"  room    {disk / 1e9:.1f} GB of disk for checkpoints and spectra, {data / 1e9:.1f} GB for data; a step takes at most, "
           f"in GiB of memory by micro-batch, {memory}")
     print(f"  {device_line(jobs)}")
-    print(f"  time    {f'about {duration(seconds)} here, by the runs so far' if known else 'no run here yet to measure by'}; "
+    print(f"  time    {measured}; "
           f"predicted at {UTILISATION:.0%} of one GPU's bfloat16 peak: " + ", ".join(
               f"{name} {duration(total / system.PEAK_BF16[name] / UTILISATION)}" for name in COMMON), flush=True)
     existing = next(p for p in [study_dir, *study_dir.parents] if p.exists())

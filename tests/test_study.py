@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -424,7 +425,203 @@ def test_lines_while_it_runs(tmp_path, capsys):
     said = {}
     bars = [type("bar", (), dict(set_description_str=lambda self, line: said.update({id(self): line})))() for _ in range(3)]
     study.show(bars, "ci", tmp_path, entries, [folder], 2)
-    assert [said[id(bar)] for bar in bars][1:] == [f"{'muon-seed42':<32} step 10 of 20, train loss 6.5"[:79], ""] or \
-        said[id(bars[1])].startswith(f"{'muon-seed42':<32} step 10 of 20, train loss 6.5")
+    lines = [said[id(bar)] for bar in bars]
+    assert lines[0].startswith("out/ci: 0 of 28 runs done, 1 running") and lines[2] == ""
+    assert lines[1].startswith(f"{'muon-seed42':<32} step 10 of 20, train loss 6.5")
 
 
+# ---- runs: a scale of one's own, signals, orphans
+def project(folder, *scales, tokens=(4, 8)):
+    """A copy of the project; scales are added: config/SCALE.py and a row of study.py, head dim 32, tiny."""
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns("out", "data", ".git", "__pycache__", "docs"))
+    (folder / "data").mkdir()
+    shutil.copy(ROOT / "data/tokens.py", folder / "data")
+    write_data(folder / "data/mine", 40_000, 4_000)
+    for scale in scales:
+        (folder / f"config/{scale}.py").write_text(f"""scale = "{scale}"
+n_layer = 2\nn_head = 2\nn_embd = 64\nffn_dim = 96\nblock_size = 64\nvocab_size = 256\ndata_dir = "data/mine"
+max_tokens = {tokens[1] * 256}\nbatch_tokens = 256\neval_tokens = 1024\nprobe_tokens = 128\nlog_interval = 2\nsv_interval = 4\ncompile = False
+""")
+        text = (folder / "study.py").read_text()
+        (folder / "study.py").write_text(text.replace("SCALES = {\n", f"""SCALES = {{
+    "{scale}": dict(sweep_tokens={tokens[0] * 256}, sweep_seeds=[1], grids={{arm: [1e-3, 1e-2, 1e-1] for arm in LABELS}}),
+""", 1))
+    return folder
+
+
+def command(folder, *args, ok=True, **env):
+    """What study.py prints; with ok=False its one line of error, and what it printed before."""
+    done = subprocess.run([sys.executable, "study.py", *args], cwd=folder, env=dict(ENV, **env), capture_output=True, text=True)
+    assert (done.returncode == 0) == ok and "Traceback" not in done.stderr, done.stderr
+    return done.stdout if ok else done.stderr + done.stdout
+
+
+def test_a_scale_is_two_files(tmp_path):
+    """A scale with head dim 32 and data of one's own, with two arms, from its list to its neighbours."""
+    copy, env = project(tmp_path / "project", "small"), dict(ARMS="adamw muon_qk_frozen", SEEDS="42", JOBS="2")
+    out = copy / "out/small"
+    assert "is whole, 40,000 tokens for training and 4,000 for validation: nothing to make" in command(copy, "data", "small")
+    assert len(command(copy, "list", "small", **env).splitlines()) == 2 * 3 + 2
+    assert command(copy, "plan", "small", **env).startswith("scale small: 0.09M parameters, 2 layers, width 64, context 64")
+    assert "no rate for adamw" in command(copy, "run", "small", "main", ok=False, **env)
+    told = command(copy, "run", "small", "lr", **env)
+    assert "adamw-lr0.01: val loss " in told and "of training left" in told
+    command(copy, "choose", "small", **env)
+    assert set(study.chosen(out)) == {"adamw", "muon_qk_frozen"}
+
+    # someone else, such as an orphan, holds the first main run: named, not failed; the other goes on
+    (out / "adamw-seed42").mkdir()
+    held = system.lock(out / "adamw-seed42")
+    told = command(copy, "run", "small", "main", ok=False, **env)
+    assert f"adamw-seed42: in use by process {os.getpid()} on " in told and "muon_qk_frozen-seed42: val loss" in told
+    assert "1 runs did not end (adamw-seed42)" in told and not (out / "adamw-seed42/output.txt").exists()
+    held.close()
+    # a run that fails is named with its reason; it is 'failed' until it is run again
+    (out / "adamw-seed42/config.json").mkdir()
+    told = command(copy, "run", "small", "main", ok=False, **env)
+    assert "adamw-seed42: error: " in told
+    (out / "adamw-seed42/config.json").rmdir()
+    assert "failed" in next(line for line in command(copy, "status", "small", **env).splitlines() if line.startswith("adamw-seed42"))
+    assert "adamw-seed42: val loss" in command(copy, "run", "small", "main", **env)
+
+    command(copy, "run", "small", "neighbours", **env)
+    table = [line.split()[:2] for line in command(copy, "status", "small", **env).splitlines()[1:]]
+    assert sum(words[0].startswith("neighbours/") and words[1] in study.ENDED for words in table) == 4
+    run = study.load_run(out / "muon_qk_frozen-seed42")
+    assert run["status"] == "finished" and study.head_dim(run["config"]) == 32 and run["config"]["qk_gain"] is False
+    assert run["config"]["learning_rate"] == study.chosen(out)["muon_qk_frozen"]["lr"]
+    assert "by the runs so far" in command(copy, "plan", "small", **env)
+
+
+def test_data_of_ones_own_that_are_not_whole(tmp_path):
+    copy = project(tmp_path / "project", "small")
+    (copy / "data/mine/val_set.bin").unlink()
+    assert "val_set.bin is missing" in command(copy, "data", "small", ok=False)
+    shutil.rmtree(copy / "data/mine")
+    assert "run python data/text/prepare.py" in command(copy, "data", "small", ok=False)
+
+
+@pytest.mark.parametrize("script, number", [("study.py", signal.SIGTERM), ("sweep.sh", signal.SIGHUP)])
+def test_signals_reach_all_runs(tmp_path, script, number):
+    """Every run saves and says how to go on, and nothing is left behind, whichever script got the signal."""
+    copy = project(tmp_path / "project", "small", tokens=(50_000, 50_000))
+    start = [sys.executable, "study.py", "run", "small", "lr"] if script == "study.py" else ["bash", "sweep.sh", "small", "lr", "eval"]
+    child = subprocess.Popen(start, cwd=copy, env=dict(ENV, JOBS="2", PATH=PATH), stdout=subprocess.PIPE, text=True, start_new_session=True)
+    folders = [copy / "out/small/sweep" / name for name in ("adamw-lr0.001", "adamw_qk-lr0.001")]
+    deadline = time.time() + 60
+    while not all((folder / "log.jsonl").exists() for folder in folders) and time.time() < deadline:
+        time.sleep(0.1)
+    child.send_signal(number)
+    out, _ = child.communicate(timeout=60)
+    assert "2 unfinished" in out and "run the same command again to go on" in out and "== eval" not in out
+    assert child.returncode == 143
+    for folder in folders:
+        assert study.holder(folder) == "" and (folder / "ckpt_rolling.pt").exists()
+        assert "run the same command again" in (folder / "output.txt").read_text()
+    assert not [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(copy).encode() in p.read_bytes()]
+
+
+# ---- SLURM
+def fake(folder, name, script):
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+def test_slurm_jobs(tmp_path):
+    """What is submitted: signals for the run itself, arrays as long as their stage, paths with blanks, no job that waits for ever."""
+    folder = tmp_path / "a b"
+    copy = project(folder, "small")
+    fake(tmp_path / "my bin", "sbatch", f"printf '%q ' \"$@\" >> '{tmp_path}/jobs'; echo >> '{tmp_path}/jobs'; wc -l < '{tmp_path}/jobs'")
+    fake(tmp_path / "my bin", "python", f"exec {sys.executable} \"$@\"")
+    done = subprocess.run(["bash", "tools/slurm.sh", "small", "--partition=gpu"], cwd=copy, capture_output=True, text=True,
+                          env=dict(ENV, ARMS="adamw muon muon_qk", SEEDS="1234", PATH=f"{tmp_path}/my bin:{os.environ['PATH']}"))
+    assert done.returncode == 0, done.stderr
+    jobs = [shlex.split(line) for line in (tmp_path / "jobs").read_text().splitlines()]
+    given = [dict(option.partition("=")[::2] for option in job) for job in jobs]
+    assert all(job["--signal"] == "B:TERM@60" and job["--kill-on-invalid-dep"] == "yes" and "--requeue" in job and job["--partition"] == "gpu"
+               for job in given)
+    assert [job["--job-name"] for job in given] == [f"small-{name}" for name in ("data", "lr", "extend", "choose", "main", "report")]
+    assert [job.get("--array") for job in given] == [None, "0-8", "0-2", None, "0-2", None]
+    assert [job.get("--dependency") for job in given] == [None, "afterok:1", "afterany:2", "afterany:3", "afterok:4", "afterany:5"]
+    for job in given:
+        assert "exec " in job["--wrap"]
+    python = f"{tmp_path}/my bin/python"
+    assert shlex.split(given[1]["--wrap"]) == ["exec", python, "study.py", "task", "small", "lr", "$SLURM_ARRAY_TASK_ID"]
+    assert "error: usage" in subprocess.run(["bash", str(ROOT / "tools/slurm.sh")], capture_output=True, text=True, env=dict(ENV, PATH=PATH)).stderr
+
+
+@pytest.mark.parametrize("state, again", [("RUNNING", True), ("COMPLETING", False), ("", False)])
+def test_only_a_task_whose_time_is_up_is_queued_again(tmp_path, monkeypatch, state, again):
+    """One that was cancelled is not. A task of an array is named by both numbers: the array's alone would name them all."""
+    fake(tmp_path, "squeue", f"echo \"$@\" > '{tmp_path}/asked'; echo {state}")
+    fake(tmp_path, "scontrol", f"echo \"$@\" > '{tmp_path}/told'")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{PATH}")
+    for name, value in (("SLURM_JOB_ID", "77"), ("SLURM_ARRAY_JOB_ID", "77"), ("SLURM_ARRAY_TASK_ID", "1")):
+        monkeypatch.setenv(name, value)
+    study.requeue()
+    assert "--jobs=77_1" in (tmp_path / "asked").read_text()
+    assert (tmp_path / "told").exists() == again and (not again or (tmp_path / "told").read_text() == "requeue 77_1\n")
+
+
+def test_a_task_is_one_run_and_passes_its_signal_on(tmp_path):
+    copy = project(tmp_path / "project", "small", tokens=(50_000, 50_000))
+    fake(tmp_path / "bin", "squeue", "echo RUNNING")
+    fake(tmp_path / "bin", "scontrol", f"echo \"$@\" > '{tmp_path}/told'")
+    env = dict(ENV, PATH=f"{tmp_path}/bin:{PATH}", SLURM_JOB_ID="78", JOBS="2")
+    child = subprocess.Popen([sys.executable, "study.py", "task", "small", "lr", "1"], cwd=copy, env=env, stdout=subprocess.DEVNULL)
+    log, deadline = copy / "out/small/sweep/adamw_qk-lr0.001/log.jsonl", time.time() + 60
+    while not log.exists() and time.time() < deadline:
+        time.sleep(0.1)
+    child.terminate()
+    assert child.wait(timeout=60) == 143 and (tmp_path / "told").read_text() == "requeue 78\n"
+    assert log.with_name("ckpt_rolling.pt").exists() and len(list(log.parent.parent.iterdir())) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not all(map(shutil.which, ("slurmctld", "slurmd", "munged", "sbatch"))) or os.geteuid() != 0,
+                    reason="needs root and SLURM: apt-get install slurmctld slurmd slurm-client munge")
+def test_slurm_runs_the_study(tmp_path):
+    host, path = socket.gethostname().split(".")[0], dict(os.environ, PATH=os.path.dirname(sys.executable) + ":" + os.environ["PATH"])
+    (tmp_path / "slurm.conf").write_text(f"""
+ClusterName=test
+SlurmctldHost={host}
+SlurmUser=root
+AuthType=auth/munge
+StateSaveLocation={tmp_path}/state
+SlurmdSpoolDir={tmp_path}/spool
+SlurmctldPidFile={tmp_path}/ctld.pid
+SlurmdPidFile={tmp_path}/d.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+ReturnToService=2
+JobRequeue=1
+MinJobAge=3600
+NodeName={host} NodeAddr=127.0.0.1 CPUs={os.cpu_count()} State=UNKNOWN
+PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP
+""")
+    path["SLURM_CONF"] = str(tmp_path / "slurm.conf")
+    (tmp_path / "spool").mkdir()
+    copy = tmp_path / "project"
+    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns("out", ".git", "__pycache__"))
+    os.makedirs("/run/munge", exist_ok=True)
+    servers = [subprocess.Popen(command, env=path, stdout=subprocess.DEVNULL, stderr=open(tmp_path / "servers.txt", "a")) for command in
+               (["munged", "-F", "--force"], ["slurmctld", "-D"], ["slurmd", "-D", "-N", host])]
+    try:
+        time.sleep(5)
+        subprocess.run(["scontrol", "update", f"nodename={host}", "state=resume"], env=path, capture_output=True)
+        done = subprocess.run(["bash", "tools/slurm.sh", "ci"], cwd=copy, env=dict(path, OMP_NUM_THREADS="1"), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr + (tmp_path / "servers.txt").read_text()
+        deadline, preempted = time.time() + 500, False
+        while time.time() < deadline and not (copy / "out/ci/report.md").exists():
+            time.sleep(2)
+            running = subprocess.run(["squeue", "-h", "-t", "R", "-n", "ci-main", "-o", "%i"], env=path, capture_output=True, text=True).stdout.split()
+            if running and not preempted:  # a preempted task is requeued and goes on
+                preempted = subprocess.run(["scontrol", "requeue", running[0]], env=path).returncode == 0
+        assert (copy / "out/ci/report.md").exists(), subprocess.run(["squeue"], env=path, capture_output=True, text=True).stdout
+        runs = study.load_runs(copy / "out/ci")
+        assert preempted and len(runs) == 8 and all(r["status"] == "finished" for r in runs)
+    finally:
+        for server in reversed(servers):
+            server.terminate()
