@@ -76,21 +76,21 @@ SCALES = {
         "muon_qk": [6e-4, 1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3],
         "adamw_qk_frozen": [3e-4, 6e-4, 1e-3, 2e-3, 4e-3],
         "muon_qk_frozen": [6e-4, 1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3]}),
-    "4m": dict(sweep_tokens=1_100_000, sweep_seeds=[1, 2, 3], grids={  # three cost a third of the main runs of two seeds
+    "4m": dict(sweep_tokens=1_100_000, sweep_seeds=[1, 2, 3], grids={  # three: a third of what the main runs cost
         "adamw": [3e-4, 6e-4, 1.2e-3, 2.4e-3, 4.8e-3],
         "adamw_qk": [6e-4, 1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3],
         "muon": [2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2],
         "muon_qk": [2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2],
         "adamw_qk_frozen": [6e-4, 1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3],
         "muon_qk_frozen": [2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2]}),
-    "mini": dict(sweep_tokens=131_072, sweep_seeds=[1], grids={  # one: three would double the time that a newcomer waits
+    "mini": dict(sweep_tokens=131_072, sweep_seeds=[1], grids={  # one: three would double a newcomer's wait
         "adamw": [5e-4, 1e-3, 2e-3, 4e-3, 8e-3],
         "adamw_qk": [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2],
         "muon": [4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2],
         "muon_qk": [4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2],
         "adamw_qk_frozen": [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2],
         "muon_qk_frozen": [4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2]}),
-    "ci": dict(sweep_tokens=10_240, sweep_seeds=[1], grids={  # a minute, to see that every stage works; numbers mean nothing
+    "ci": dict(sweep_tokens=10_240, sweep_seeds=[1], grids={  # a minute, to see that every stage works
         arm: [1e-3, 3e-3, 1e-2, 3e-2, 1e-1] for arm in LABELS}),
 }
 
@@ -329,7 +329,7 @@ def spot_check_line(e):
 
 # ---- the runs of a stage
 def sweep_results(study_dir, arm, seeds=None):
-    """{learning rate: {seed: final val loss, inf where diverged}} of an arm's ended sweep runs; seeds: only of these."""
+    """{learning rate: {seed: final val loss, inf where diverged}} of an arm's ended sweep runs, of `seeds` or all."""
     results = {}
     for run in load_runs(study_dir, "sweep"):
         c = run["config"]
@@ -355,8 +355,8 @@ def winner(results):
 
 
 def missing_lrs(scale, arm, study_dir):
-    """(learning rate, seed) of what an arm's sweep still has to run: what is left of its grid; then, while the winner is
-    at an edge, one point a factor of two further out, at most MAX_EXTENSIONS a side."""
+    """(learning rate, seed) of what an arm's sweep still has to run: what is left of its grid; then, while the winner
+    is at an edge, one point a factor of two further out, at most MAX_EXTENSIONS a side."""
     rates, seeds = grid(scale, arm), sweep_seeds(scale)
     results = sweep_results(study_dir, arm, seeds)
     begun = [lr for lr in results if lr not in rates]  # an extension whose seeds have not all run
@@ -377,7 +377,7 @@ def neighbour_lrs(lr):
 
 def stage_runs(scale, stage, study_dir, fixed=False):
     """[(run folder, arguments of train.py)] that a stage still has to run; arms take turns, so that the first jobs
-    compile different graphs and the others find them in the cache. fixed: the list of a fresh study, whatever has run."""
+    compile different graphs and the others find them in the cache. fixed: the list of a fresh study."""
     study_dir = Path(study_dir)
     if stage == "lr":
         due = {arm: [(lr, seed) for seed in sweep_seeds(scale) for lr in grid(scale, arm)] if fixed
@@ -417,7 +417,8 @@ def choose(scale, study_dir):
             tokens=SCALES[scale]["sweep_tokens"],
             tried=[dict(lr=lr, val_loss=finite(mean[lr]), status="finished" if finite(mean[lr]) else "diverged",
                         val_losses=[finite(results[lr][s]) for s in seeds]) for lr in sorted(results)])
-        notes = ", not bracketed" * (not bracketed) + f", a tie with {' and '.join(f'{lr:g}' for lr in tie)}" * bool(tie)
+        notes = ", not bracketed" * (not bracketed)
+        notes += f", a tie with {' and '.join(f'{lr:g}' for lr in tie)}" * bool(tie)
         print(f"{LABELS[arm]:<24} lr = {best:g}, val loss {mean[best]:.4f}{notes}")
     system.write_text(Path(study_dir) / "chosen_lr.json", json.dumps(picks, indent=1, allow_nan=False))
 
@@ -434,8 +435,8 @@ def duration(seconds):
 
 
 def holder(folder):
-    """Who trains in a run's folder, such as 'process 12 on host', or "". A lock that another machine took may not be seen
-    from here; of such a run, files written in the last five minutes tell."""
+    """Who trains in a run's folder, such as 'process 12 on host', or "". A lock that another machine took may not be
+    seen from here; of such a run, files written in the last five minutes tell."""
     who = ""
     try:
         with open(folder / "lock", encoding="utf-8") as f:
@@ -473,8 +474,8 @@ def look(folder, kind, tokens, batch_tokens):
         row |= {key: value for key, value in now.items() if value is not None}
         e["state"] = "running" if holder(folder) else "failed" if e["state"] == "failed" else "unfinished"
     flags = [flag for event in run["events"] for flag in event.get("flags", [])]
-    e |= dict(row=row, step=row.get("step", 0), steps=c["max_tokens"] // c["batch_tokens"], device=versions.get("device"),
-              batch_tokens=c["batch_tokens"], flags=[*dict.fromkeys(flags)] + e["flags"] * (not ended))
+    e |= dict(row=row, step=row.get("step", 0), steps=c["max_tokens"] // c["batch_tokens"],
+              device=versions.get("device"), batch_tokens=c["batch_tokens"], flags=[*dict.fromkeys(flags)] + e["flags"] * (not ended))
     e["pace"] = 1 / row["tokens_per_s"] if row.get("tokens_per_s") else None
     if ended:
         e["state"] = run["status"]
@@ -484,7 +485,7 @@ def look(folder, kind, tokens, batch_tokens):
 
 
 def survey(scale, study_dir, say=lambda line: None):
-    """look() at every run of a study, begun or not: of the sweep, then main, then the neighbours where they were begun."""
+    """look() at every run of a study, begun or not: sweep, main, and neighbours where they were begun."""
     c, entries = scale_config(scale), []
     for stage, kind in STAGES.items():
         if kind != "neighbours" or (study_dir / "neighbours").exists():
@@ -524,7 +525,7 @@ def where(scale, entries, jobs):
 
 
 def show(bars, scale, study_dir, entries, busy, jobs):
-    """What a person sees while a stage runs: on a terminal a line for the study and one a running job, else one line."""
+    """What is seen while a stage runs: on a terminal a line for the study and one a running job, else one line."""
     entries = [look(e["dir"], e["kind"], e["steps"] * e["batch_tokens"], e["batch_tokens"]) | dict(state="running")
                if e["dir"] in busy else e for e in entries]
     lines = [where(scale, entries, jobs)]
@@ -544,12 +545,12 @@ def status(scale, study_dir):
     """Print every run of a study with its state, and what is left."""
     entries = survey(scale, study_dir, print)
     width = max(len(str(e["dir"].relative_to(study_dir))) for e in entries)
-    print(f"{'run':<{width}}  {'state':<10} {'step':>13} {'train':>8} {'val loss':>8} {'mean PR':>7} {'tokens/s':>9}  flags")
+    print(f"{'run':<{width}}  {'state':<10} {'step':>13} {'train':>8} {'val':>8} {'mean PR':>8} {'tokens/s':>9}  flags")
     for e in entries:
-        row = e["row"]
+        train, val, pr, speed = (number(e["row"].get(key), form) for key, form in (
+            ("train_loss", ".4f"), ("val_loss", ".4f"), ("mean_pr", ".2f"), ("tokens_per_s", ",.0f")))
         print(f"{str(e['dir'].relative_to(study_dir)):<{width}}  {e['state']:<10} {e['step']:>6}/{e['steps']:<6} "
-              f"{number(row.get('train_loss')):>8} {number(row.get('val_loss')):>8} {number(row.get('mean_pr'), '.2f'):>7} "
-              f"{number(row.get('tokens_per_s'), ',.0f'):>9}  {', '.join(e['flags'])}".rstrip())
+              f"{train:>8} {val:>8} {pr:>8} {speed:>9}  {', '.join(e['flags'])}".rstrip())
     running = sum(e["state"] == "running" for e in entries)
     print(where(scale, entries, running or jobs_at_once()))
     left = ["training"] * any(e["state"] not in ENDED for e in entries) + [
@@ -570,14 +571,15 @@ except (RuntimeError, AssertionError) as e:
 
 def visible():
     """(variable, entries) that name the CUDA devices which may be used; no entries where the variable is unset."""
-    variable = "HIP_VISIBLE_DEVICES" if torch.version.hip and "HIP_VISIBLE_DEVICES" in os.environ else "CUDA_VISIBLE_DEVICES"
+    hip = torch.version.hip and "HIP_VISIBLE_DEVICES" in os.environ
+    variable = "HIP_VISIBLE_DEVICES" if hip else "CUDA_VISIBLE_DEVICES"
     return variable, [entry.strip() for entry in os.environ.get(variable, "").split(",") if entry.strip()]
 
 
 @functools.cache
 def devices():
-    """([(entry, name, bytes of memory)] of the CUDA devices, why there is none). entry: what makes only that one visible.
-    torch counts them, in a child process: CUDA must not start in this one."""
+    """([(entry, name, bytes of memory)] of the CUDA devices, why there is none). entry: what makes only that one
+    visible. torch counts them, in a child process: CUDA must not start in this one."""
     if not (torch.version.cuda or torch.version.hip):
         return [], f"torch {torch.__version__} is a CPU build"
     variable, entries = visible()
@@ -586,7 +588,7 @@ def devices():
     for entry in entries if alone else [",".join(entries)]:
         done = subprocess.run([sys.executable, "-c", COUNT], env=os.environ | ({variable: entry} if entry else {}),
                               capture_output=True, text=True)
-        answer = json.loads(done.stdout) if done.returncode == 0 else f"torch failed: {done.stderr.strip().splitlines()[-1:]}"
+        answer = json.loads(done.stdout) if done.returncode == 0 else f"torch fails: {done.stderr.splitlines()[-1:]}"
         found, why = (found, answer) if isinstance(answer, str) else (found + answer, why)
     names = entries or [str(i) for i in range(len(found))]
     return [(name, *device) for name, device in zip(names, found)], why or "no CUDA device"
@@ -636,7 +638,7 @@ def run_stage(scale, stage, study_dir, jobs, wanted=lambda arguments: True):
             if who := holder(folder):  # such as a run that outlived the sweep that began it
                 raise OSError(f"in use by {who}")
             folder.mkdir(parents=True, exist_ok=True)
-            with open(folder / "output.txt", "a", encoding="utf-8") as out:  # in a session of its own: Ctrl-C comes from us
+            with open(folder / "output.txt", "a", encoding="utf-8") as out:  # own session: Ctrl-C comes through us
                 return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *arguments], stdout=out, stderr=out,
                                         env=job_env(slot, jobs), cwd=ROOT, start_new_session=True)
         except OSError as e:
@@ -677,7 +679,7 @@ def run_stage(scale, stage, study_dir, jobs, wanted=lambda arguments: True):
                     else:
                         lines.append(f"{folder.name}: {failed[folder]}")
             entries = survey(scale, study_dir)
-            for line in lines:
+            for line in [] if stop else lines:
                 tqdm.write(f"{line}; {where(scale, entries, jobs)}")
             sys.stdout.flush()
             if not running:
@@ -693,8 +695,8 @@ def run_stage(scale, stage, study_dir, jobs, wanted=lambda arguments: True):
         for bar in bars:
             bar.close()
     if stop:
-        print(f"stopped by {signal.Signals(stop[0]).name}; {where(scale, entries, jobs)}: run the same command again to "
-              f"go on")
+        print(f"stopped by {signal.Signals(stop[0]).name}; {where(scale, entries, jobs)}: run the same command again "
+              f"to go on")
         if stop[0] == signal.SIGTERM:
             requeue()
         sys.exit(128 + stop[0])
@@ -702,8 +704,8 @@ def run_stage(scale, stage, study_dir, jobs, wanted=lambda arguments: True):
 
 
 def requeue():
-    """On SLURM, put this job into the queue again where its time is up: one that was cancelled or preempted is no longer
-    RUNNING. A task is named by its array, whose first task has the array's own id."""
+    """On SLURM, put this job into the queue again where its time is up: one that was cancelled or preempted is no
+    longer RUNNING. A task is named by array and number: one of an array's tasks has the array's own id."""
     job = os.environ.get("SLURM_JOB_ID")
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
@@ -736,28 +738,30 @@ def plan(scale, study_dir):
     checkpoint = 12 * params  # bytes: a weight and AdamW's two moments, float32
     n_spectra = c["n_ckpt"] + 2 + (main_tokens // c["batch_tokens"] // c["sv_interval"] if c["sv_interval"] else 0)
     spectra = n_main * n_spectra * c["n_layer"] * 2 * (128 + 4 * c["n_embd"])
-    disk = n_main * c["n_ckpt"] * checkpoint + 2 * min(jobs, n_sweep + n_main) * checkpoint + spectra  # 2: one written aside
+    disk = (n_main * c["n_ckpt"] + 2 * min(jobs, n_sweep + n_main)) * checkpoint + spectra  # 2: one written aside
     data = 0 if meta else 2 * (main_tokens + val_tokens)
     sizes = [m for m in (1, 2, 4, 8, 16, 32) if c["batch_tokens"] // c["block_size"] % m == 0]
     memory = ", ".join(f"{m}: {system.training_bytes(gpt_config(c), m) / 2**30:.1f}" for m in sizes)
     here = devices()[0][0][1] if devices()[0] else system.device_name("cpu")
     entries = survey(scale, study_dir)
     seconds = seconds_left([e | dict(pace=e["pace"] if e["device"] == here else None) for e in entries], jobs)
-    measured = "no run here yet to measure by" if seconds is None else f"about {duration(seconds)} here, by the runs so far"
+    measured = "no run here yet to measure by" if seconds is None else f"about {duration(seconds)} here, by its runs so far"
+    training = n_sweep * sweep_tokens + n_main * main_tokens
     print(f"scale {scale}: {params / 1e6:.2f}M parameters, {c['n_layer']} layers, width {c['n_embd']}, context "
-          f"{c['block_size']}; left to do: {(n_sweep * sweep_tokens + n_main * main_tokens) / 1e6:.1f}M training tokens, {total:.2e} FLOPs")
+          f"{c['block_size']}; left to do: {training / 1e6:.1f}M training tokens, {total:.2e} FLOPs")
     print(f"  runs    {n_sweep} of the sweep, {sweep_tokens / 1e6:.2f}M tokens each (a best rate at an edge adds up to "
-          f"{MAX_EXTENSIONS} a side), then {n_main} main runs of {main_tokens / 1e6:.2f}M, seeds {' '.join(map(str, SEEDS))}")
-    print(f"  room    {disk / 1e9:.1f} GB of disk for checkpoints and spectra, {data / 1e9:.1f} GB for data; a step takes at most, "
-          f"in GiB of memory by micro-batch, {memory}")
+          f"{MAX_EXTENSIONS} a side), then {n_main} main runs of {main_tokens / 1e6:.2f}M, seeds "
+          f"{' '.join(map(str, SEEDS))}; neighbours, optional, adds {2 * len(ARMS)} such")
+    print(f"  room    {disk / 1e9:.1f} GB of disk for checkpoints and spectra, {data / 1e9:.1f} GB for data; GiB of memory "
+          f"that a step takes at most, by micro-batch: {memory}")
     print(f"  {device_line(jobs)}")
     print(f"  time    {measured}; "
           f"predicted at {UTILISATION:.0%} of one GPU's bfloat16 peak: " + ", ".join(
               f"{name} {duration(total / system.PEAK_BF16[name] / UTILISATION)}" for name in COMMON), flush=True)
     existing = next(p for p in [study_dir, *study_dir.parents] if p.exists())
     if (free := shutil.disk_usage(existing).free) < disk + data:
-        raise ValueError(f"{existing} has {free / 1e9:.1f} GB free and the study needs {(disk + data) / 1e9:.1f} GB: free some, "
-                         f"or lower n_ckpt in config/{scale}.py")
+        raise ValueError(f"{existing} has {free / 1e9:.1f} GB free and the study needs {(disk + data) / 1e9:.1f} GB: free "
+                         f"some, or lower n_ckpt in config/{scale}.py")
 
 
 def prepare(scale):
@@ -776,12 +780,15 @@ def run(scale, stage, study_dir, jobs, wanted=lambda arguments: True):
     """run_stage() where its turn has come. ValueError where it has not, or where a run failed."""
     picks = chosen(study_dir)
     if stage != "lr" and (lacking := [arm for arm in ARMS if arm not in picks]):
-        raise ValueError(f"out/{scale}/chosen_lr.json has no rate for {lacking[0]}: run `bash sweep.sh {scale} lr` first")
+        raise ValueError(f"out/{scale}/chosen_lr.json has no rate for {lacking[0]}: run `bash sweep.sh {scale} lr` "
+                         f"first")
     if stage == "neighbours" and (left := stage_runs(scale, "main", study_dir)):
-        raise ValueError(f"{len(left)} main runs are missing, and neighbours come after them: run `bash sweep.sh {scale} main`")
+        raise ValueError(f"{len(left)} main runs are missing, and neighbours come after them: run `bash sweep.sh "
+                         f"{scale} main` first")
     if failed := run_stage(scale, stage, study_dir, jobs, wanted):
-        raise ValueError(f"{len(failed)} runs did not end ({', '.join(folder.name for folder in failed)}): their output.txt says "
-                         f"why; mend that and run the same command again")
+        names = ", ".join(folder.name for folder in failed)
+        raise ValueError(f"{len(failed)} runs did not end ({names}): mend what is said above, or in their output.txt, "
+                         f"and run the same command again")
 
 
 def nth(items, i):
@@ -818,8 +825,8 @@ def main(args):
                 for _, arguments in runs:
                     print(shlex.join([Path(sys.executable).name, "train.py", *arguments]))
                 if {*ARMS} - {*chosen(study_dir)}:
-                    print(f"main runs come after the sweep: first `python study.py choose {scale}`, then `python report.py "
-                          f"--preregister out/{scale}`", file=sys.stderr)
+                    print(f"main runs come after the sweep: first `python study.py choose {scale}`, then `python "
+                          f"report.py --preregister out/{scale}`", file=sys.stderr)
             case ["run", stage] if stage in STAGES:
                 run(scale, stage, study_dir, jobs_at_once())
             case ["count", stage] if stage in STAGES or stage == "extend":

@@ -8,7 +8,8 @@
 # CPU core). SEEDS="42 137 7" adds seeds, ARMS and SWEEP_SEEDS say what else to run. Run again, it goes on where it was.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
-python=$(command -v python || command -v python3) || { echo "error: no python on the PATH: install Python 3.11 or later" >&2; exit 1; }
+python=$(command -v python || command -v python3) ||
+  { echo "error: no python on the PATH: install Python 3.11 or later" >&2; exit 1; }
 "$python" -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("torch", "lm_eval", "tqdm"))))' ||
   { echo "error: $python lacks packages: run pip install -r requirements.txt" >&2; exit 1; }
 
@@ -16,7 +17,8 @@ scale="" stages=()
 for word in "$@"; do
   case $word in
     data|lr|main|neighbours|eval|plot|report|--plan|--list|--status) stages+=("$word") ;;
-    *) [[ -z $scale ]] || { echo "error: '$word' is no stage: choose from data lr main neighbours eval plot report --plan --list --status" >&2; exit 1; }
+    *) [[ -z $scale ]] || { echo "error: '$word' is no stage: choose from data lr main neighbours eval plot report" \
+         "--plan --list --status" >&2; exit 1; }
        scale=$word ;;
   esac
 done
@@ -49,7 +51,7 @@ for stage in "${stages[@]}"; do
     lr)     go lr study.py run "$scale" lr || true
             go lr study.py choose "$scale" || exit 1; result=$out/chosen_lr.json ;;
     main)   go main report.py --preregister "$out" || exit 1
-            go main study.py run "$scale" main || true; result="$out/ARM-seedSEED, registered in $out/preregistered.json" ;;
+            go main study.py run "$scale" main || true; result="$out/ARM-seedSEED and $out/preregistered.json" ;;
     neighbours) go neighbours study.py run "$scale" neighbours || true; result=$out/neighbours ;;
     eval)   go eval evaluate.py "$out" ${ROWS:+--rows "$ROWS"} || true; result=$out/results.json ;;
     plot)   go plot plot.py "$out" || true; result=$out/figures ;;
@@ -58,7 +60,8 @@ for stage in "${stages[@]}"; do
   [[ $stage == data ]] || echo "== $stage: see $result =="
 done
 if (( ${#failed[@]} )); then
-  echo "error: not everything went well in: ${failed[*]}; the lines above say what; run the same command again to go on" >&2
+  echo "error: not everything went well in: ${failed[*]}; the lines above say what; mend it and run this again" >&2
   exit 1
 fi
-[[ ! -f $out/report.md ]] || echo "done: $out/report.md, $out/report.html, $out/figures, $out/results.json, $out/chosen_lr.json"
+[[ ! -f $out/report.md ]] ||
+  echo "done: $out/report.md, $out/report.html, $out/figures, $out/results.json, $out/chosen_lr.json"

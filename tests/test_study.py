@@ -338,7 +338,7 @@ def test_plan_learns_from_this_machine_only(tmp_path, capsys):
         if device == "another card":
             assert "no run here yet" in line
     # 15 runs of 64 s and 8 main runs of twice the tokens, by the jobs
-    assert f"about {study.duration((15 * 64 + 8 * 128) / study.jobs_at_once())} here, by the runs so far" in line
+    assert f"about {study.duration((15 * 64 + 8 * 128) / study.jobs_at_once())} here, by its runs so far" in line
 
 
 def test_plan_refuses_a_full_disk(monkeypatch, tmp_path):
@@ -490,7 +490,7 @@ def test_a_scale_is_two_files(tmp_path):
     run = study.load_run(out / "muon_qk_frozen-seed42")
     assert run["status"] == "finished" and study.head_dim(run["config"]) == 32 and run["config"]["qk_gain"] is False
     assert run["config"]["learning_rate"] == study.chosen(out)["muon_qk_frozen"]["lr"]
-    assert "by the runs so far" in command(copy, "plan", "small", **env)
+    assert "by its runs so far" in command(copy, "plan", "small", **env)
 
 
 def test_data_of_ones_own_that_are_not_whole(tmp_path):
