@@ -425,7 +425,7 @@ def choose(scale, study_dir):
 
 # ---- where a study is, from its files alone
 ENDED = ("finished", "diverged")
-FAILED = "exit status"  # begins the line that run_stage() leaves below what a failed run printed
+EXIT = "exit status"  # begins the line that run_stage() writes below what a run printed: status, seconds that it took
 
 
 def duration(seconds):
@@ -459,8 +459,9 @@ def look(folder, kind, tokens, batch_tokens):
     e = dict(dir=folder, kind=kind, state="waiting", step=0, steps=tokens // batch_tokens, batch_tokens=batch_tokens,
              row={}, flags=[], pace=None, device=None)
     output = folder / "output.txt"
-    output = output.read_text(errors="replace").splitlines() if output.exists() else [""]
-    if output[-1:] and output[-1].startswith(FAILED):
+    output = output.read_text(errors="replace").splitlines() if output.exists() else []
+    last = output[-1].split() if output and output[-1].startswith(EXIT) else []
+    if last and last[2] != "0":
         e.update(state="failed", flags=output[-2:-1])
     if not (folder / "config.json").exists():
         return e
@@ -475,11 +476,13 @@ def look(folder, kind, tokens, batch_tokens):
         e["state"] = "running" if holder(folder) else "failed" if e["state"] == "failed" else "unfinished"
     flags = [flag for event in run["events"] for flag in event.get("flags", [])]
     e |= dict(row=row, step=row.get("step", 0), steps=c["max_tokens"] // c["batch_tokens"],
-              device=versions.get("device"), batch_tokens=c["batch_tokens"], flags=[*dict.fromkeys(flags)] + e["flags"] * (not ended))
+              batch_tokens=c["batch_tokens"], device=versions.get("device"),
+              flags=[*dict.fromkeys(flags)] + e["flags"] * (not ended))
     e["pace"] = 1 / row["tokens_per_s"] if row.get("tokens_per_s") else None
     if ended:
         e["state"] = run["status"]
-        took = (folder / "log.jsonl").stat().st_mtime - (folder / "config.json").stat().st_mtime
+        written = [(folder / name).stat().st_mtime for name in ("config.json", "log.jsonl")]
+        took = float(last[4]) if last else written[1] - written[0]
         e["pace"] = max(took / c["max_tokens"], e["pace"] or 0) if run["status"] == "finished" else None
     return e
 
@@ -646,15 +649,17 @@ def run_stage(scale, stage, study_dir, jobs, wanted=lambda arguments: True):
 
     def ending(child, folder, began):
         """What a child that has left leaves behind, in a few words."""
-        if child.returncode == 0:
-            run = load_run(folder)
-            return f"{'val loss ' + number(run['val_loss']) if run['status'] == 'finished' else run['status']}, " \
-                   f"{duration(time.time() - began)}"
+        took = time.time() - began
         with open(folder / "output.txt", "r+", encoding="utf-8", errors="replace") as out:
             lines = out.read().strip().splitlines() or ["no output"]
             if not stop:
-                failed[folder] = f"in use by {who}" if (who := holder(folder)) else lines[-1]
-                out.write(f"{FAILED} {child.returncode}\n")
+                out.write(f"{EXIT} {child.returncode} after {took:.0f} s\n")
+        if child.returncode == 0:
+            run = load_run(folder)
+            what = f"val loss {number(run['val_loss'])}" if run["status"] == "finished" else run["status"]
+            return f"{what}, {duration(took)}"
+        if not stop:
+            failed[folder] = f"in use by {who}" if (who := holder(folder)) else lines[-1]
         return lines[-1]
 
     for number_ in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -745,23 +750,25 @@ def plan(scale, study_dir):
     here = devices()[0][0][1] if devices()[0] else system.device_name("cpu")
     entries = survey(scale, study_dir)
     seconds = seconds_left([e | dict(pace=e["pace"] if e["device"] == here else None) for e in entries], jobs)
-    measured = "no run here yet to measure by" if seconds is None else f"about {duration(seconds)} here, by its runs so far"
+    measured = "no run here yet to measure by"
+    if seconds is not None:
+        measured = f"about {duration(seconds)} here, by its runs so far"
     training = n_sweep * sweep_tokens + n_main * main_tokens
     print(f"scale {scale}: {params / 1e6:.2f}M parameters, {c['n_layer']} layers, width {c['n_embd']}, context "
           f"{c['block_size']}; left to do: {training / 1e6:.1f}M training tokens, {total:.2e} FLOPs")
     print(f"  runs    {n_sweep} of the sweep, {sweep_tokens / 1e6:.2f}M tokens each (a best rate at an edge adds up to "
           f"{MAX_EXTENSIONS} a side), then {n_main} main runs of {main_tokens / 1e6:.2f}M, seeds "
           f"{' '.join(map(str, SEEDS))}; neighbours, optional, adds {2 * len(ARMS)} such")
-    print(f"  room    {disk / 1e9:.1f} GB of disk for checkpoints and spectra, {data / 1e9:.1f} GB for data; GiB of memory "
-          f"that a step takes at most, by micro-batch: {memory}")
+    print(f"  room    {disk / 1e9:.1f} GB of disk for checkpoints and spectra, {data / 1e9:.1f} GB for data; GiB of "
+          f"memory that a step takes at most, by micro-batch: {memory}")
     print(f"  {device_line(jobs)}")
     print(f"  time    {measured}; "
           f"predicted at {UTILISATION:.0%} of one GPU's bfloat16 peak: " + ", ".join(
               f"{name} {duration(total / system.PEAK_BF16[name] / UTILISATION)}" for name in COMMON), flush=True)
     existing = next(p for p in [study_dir, *study_dir.parents] if p.exists())
     if (free := shutil.disk_usage(existing).free) < disk + data:
-        raise ValueError(f"{existing} has {free / 1e9:.1f} GB free and the study needs {(disk + data) / 1e9:.1f} GB: free "
-                         f"some, or lower n_ckpt in config/{scale}.py")
+        raise ValueError(f"{existing} has {free / 1e9:.1f} GB free and the study needs {(disk + data) / 1e9:.1f} GB: "
+                         f"free some, or lower n_ckpt in config/{scale}.py")
 
 
 def prepare(scale):

@@ -23,11 +23,12 @@ PATH = os.path.dirname(sys.executable) + ":" + os.environ["PATH"]
 
 def sweep_run(study_dir, arm, lr, loss, seed=1, kind="sweep", **config):
     """A run as train.py leaves it; loss None: diverged."""
-    folder = study_dir / {"main": "", "sweep": "sweep", "neighbours": "neighbours"}[kind] / study.run_name(kind, arm, lr, seed)
+    folder = study_dir / {"main": "", "sweep": "sweep", "neighbours": "neighbours"}[kind] / study.run_name(kind,
+        arm, lr, seed)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(dict(arm=arm, seed=seed, learning_rate=lr) | config))
     rows = [dict(step=0, val_loss=8.0)] + ([dict(step=9, val_loss=loss), dict(event="finished", step=9)] if loss else
-                                           [dict(event="diverged", step=5)])
+    [dict(event="diverged", step=5)])
     (folder / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return folder
 
@@ -136,8 +137,8 @@ def test_choose_with_several_seeds(tmp_path, monkeypatch):
     text = (tmp_path / "chosen_lr.json").read_text()
     assert "NaN" not in text and "Infinity" not in text
     pick = study.chosen(tmp_path)["muon"]
-    assert pick["lr"] == 8e-3 and pick["val_loss"] == pytest.approx(5.0) and pick["bracketed"] and pick["seeds"] == [1, 2]
-    assert pick["tie"] == [4e-3]
+    assert pick["lr"] == 8e-3 and pick["val_loss"] == pytest.approx(5.0) and pick["bracketed"]
+    assert pick["seeds"] == [1, 2] and pick["tie"] == [4e-3]
     assert [t["val_losses"] for t in pick["tried"]] == [list(seeds) for seeds in losses.values()]
     assert [t["val_loss"] for t in pick["tried"]] == [pytest.approx(5.1), pytest.approx(5.0), None, 6.0, None]
 
@@ -177,9 +178,12 @@ def test_numbers_that_are_none(tmp_path):
 
 # ---- what a person types
 @pytest.mark.parametrize("name, text, says", [
-    ("SEEDS", "42,42", "names one twice"), ("SEEDS", " , ", "is empty"), ("SEEDS", "", "is empty"), ("SEEDS", "4 x", "'x' is no whole number"),
-    ("SEEDS", "-1", "'-1' is no whole number"), ("SEEDS", "1.5", "'1.5' is no whole number"), ("SWEEP_SEEDS", "7,seven", "'seven'"),
-    ("SWEEP_SEEDS", "", "is empty"), ("JOBS", "0", "one whole number of 1 or more"), ("JOBS", "-1", "'-1' is no whole number"),
+    ("SEEDS", "42,42", "names one twice"), ("SEEDS", " , ", "is empty"), ("SEEDS", "", "is empty"),
+    ("SEEDS", "4 x", "'x' is no whole number"),
+    ("SEEDS", "-1", "'-1' is no whole number"), ("SEEDS", "1.5", "'1.5' is no whole number"),
+    ("SWEEP_SEEDS", "7,seven", "'seven'"),
+    ("SWEEP_SEEDS", "", "is empty"), ("JOBS", "0", "one whole number of 1 or more"),
+    ("JOBS", "-1", "'-1' is no whole number"),
     ("JOBS", "two", "'two' is no whole number"), ("JOBS", "1 2", "one whole number"), ("JOBS", "", "is empty")])
 def test_lists_that_make_no_sense(monkeypatch, capsys, name, text, says):
     monkeypatch.setenv(name, text)
@@ -197,36 +201,44 @@ def test_lists_with_commas(monkeypatch):
 
 
 @pytest.mark.parametrize("env, says", [
-    (dict(ARMS="muon sgd"), "error: ARMS: no arm named 'sgd'"), (dict(ARMS="muon,muon"), "error: ARMS='muon,muon' names one twice"),
+    (dict(ARMS="muon sgd"), "error: ARMS: no arm named 'sgd'"),
+    (dict(ARMS="muon,muon"), "error: ARMS='muon,muon' names one twice"),
     (dict(SEEDS="a"), "error: SEEDS='a': 'a' is no whole number")])
 def test_wrong_lists_end_sweep_in_one_line(env, says):
-    done = subprocess.run(["bash", str(ROOT / "sweep.sh"), "ci", "lr"], capture_output=True, text=True, cwd="/", env=dict(ENV, PATH=PATH, **env))
+    done = subprocess.run(["bash", str(ROOT / "sweep.sh"), "ci", "lr"], capture_output=True, text=True, cwd="/",
+                          env=dict(ENV, PATH=PATH, **env))
     assert done.returncode and not done.stdout and len(done.stderr.splitlines()) == 1 and done.stderr.startswith(says)
 
 
-@pytest.mark.parametrize("args", [["scale"], ["plan"], ["status"], ["list"], ["list", "lr"], ["run", "lr"], ["choose"], ["data"], ["count", "lr"],
-                                  ["task", "main", "0"], ["extend", "0"]])
+@pytest.mark.parametrize("args", [
+    ["scale"], ["plan"], ["status"], ["list"], ["list", "lr"], ["run", "lr"], ["choose"], ["data"], ["count", "lr"],
+    ["task", "main", "0"], ["extend", "0"]])
 def test_a_main_seed_is_no_sweep_seed(monkeypatch, capsys, args):
     monkeypatch.setenv("SWEEP_SEEDS", "3 137")
     assert "seed 137 is in SEEDS and in the sweep" in fails(capsys, args[0], "ci", *args[1:])
 
 
 @pytest.mark.parametrize("args, says", [
-    ([], "usage: python study.py"), (["plan"], "usage"), (["run", "ci"], "usage"), (["run", "ci", "eval"], "usage"), (["list", "ci", "x"], "usage"),
-    (["plan", "ci", "lr"], "usage"), (["go", "ci"], "usage"), (["task", "ci", "lr"], "usage"), (["count", "ci"], "usage"),
-    (["plan", "80b"], "scale '80b' is not known: choose one of 80m, 4m, mini, ci"), (["task", "ci", "lr", "20"], "choose one of 0 to 19"),
+    ([], "usage: python study.py"), (["plan"], "usage"), (["run", "ci"], "usage"),
+    (["run", "ci", "eval"], "usage"), (["list", "ci", "x"], "usage"),
+    (["plan", "ci", "lr"], "usage"), (["go", "ci"], "usage"), (["task", "ci", "lr"], "usage"),
+    (["count", "ci"], "usage"),
+    (["plan", "80b"], "scale '80b' is not known: choose one of 80m, 4m, mini, ci"),
+    (["task", "ci", "lr", "20"], "choose one of 0 to 19"),
     (["task", "ci", "lr", "-1"], "choose one of 0 to 19"), (["extend", "ci", "x"], "choose one of 0 to 3")])
 def test_wild_arguments(capsys, args, says):
     assert says in fails(capsys, *args)
 
 
 def test_wrong_scale_of_the_study():
-    done = subprocess.run(["bash", str(ROOT / "sweep.sh"), "80b"], capture_output=True, text=True, cwd="/", env=dict(ENV, PATH=PATH))
+    done = subprocess.run(["bash", str(ROOT / "sweep.sh"), "80b"], capture_output=True, text=True, cwd="/",
+                          env=dict(ENV, PATH=PATH))
     assert done.returncode and done.stderr.strip() == "error: scale '80b' is not known: choose one of 80m, 4m, mini, ci"
 
 
 def test_main_waits_for_the_sweep_and_neighbours_for_main(tmp_path, monkeypatch):
-    (tmp_path / "chosen_lr.json").write_text(json.dumps({arm: dict(lr=0.01, val_loss=5.0, bracketed=True, tried=[]) for arm in study.ARMS[:3]}))
+    (tmp_path / "chosen_lr.json").write_text(json.dumps({arm: dict(lr=0.01, val_loss=5.0, bracketed=True,
+        tried=[]) for arm in study.ARMS[:3]}))
     for stage in ("main", "neighbours"):
         with pytest.raises(ValueError, match="no rate for muon_qk: run `bash sweep.sh ci lr` first"):
             study.run("ci", stage, tmp_path, 1)
@@ -267,7 +279,8 @@ def cuda(monkeypatch):
 
 
 @pytest.mark.parametrize("listed, entries", [
-    (None, ["0", "1"]), ("0, 1", ["0", "1"]), ("3", ["3"]), ("GPU-8932f937-d72c", ["GPU-8932f937-d72c"]), ("GPU-a,GPU-b", ["GPU-a", "GPU-b"]),
+    (None, ["0", "1"]), ("0, 1", ["0", "1"]), ("3", ["3"]), ("GPU-8932f937-d72c", ["GPU-8932f937-d72c"]),
+    ("GPU-a,GPU-b", ["GPU-a", "GPU-b"]),
     ("MIG-1,MIG-2, MIG-3", ["MIG-1", "MIG-2", "MIG-3"]), ("", []), ("1,0", ["1", "0"])])
 def test_devices_are_counted_by_torch_and_named_as_they_were(cuda, listed, entries):
     if listed is not None:
@@ -280,7 +293,8 @@ def test_devices_are_counted_by_torch_and_named_as_they_were(cuda, listed, entri
         assert study.device_line(jobs) == f"device: {len(entries)} x NVIDIA H100, 80 GiB; runs at once: {jobs}"
         assert [study.job_env(slot, jobs)["CUDA_VISIBLE_DEVICES"] for slot in range(jobs)] == entries
     else:
-        assert study.device_line(jobs) == "device: CPU, 16 cores (no CUDA device: No CUDA GPUs are available); runs at once: 16"
+        why = "no CUDA device: No CUDA GPUs are available"
+        assert study.device_line(jobs) == f"device: CPU, 16 cores ({why}); runs at once: 16"
 
 
 def test_several_jobs_share_a_device_and_its_cores(cuda):
@@ -288,7 +302,8 @@ def test_several_jobs_share_a_device_and_its_cores(cuda):
     cuda.setenv("JOBS", "5")
     envs = [study.job_env(slot, study.jobs_at_once()) for slot in range(5)]
     assert [env["CUDA_VISIBLE_DEVICES"] for env in envs] == ["0", "1", "0", "1", "0"]
-    assert all((env["GPU_JOBS"], env["OMP_NUM_THREADS"], env["TORCHINDUCTOR_COMPILE_THREADS"]) == ("3", "3", "3") for env in envs)
+    assert all((env["GPU_JOBS"], env["OMP_NUM_THREADS"], env["TORCHINDUCTOR_COMPILE_THREADS"]) == ("3", "3",
+        "3") for env in envs)
     cuda.setenv("TORCHINDUCTOR_COMPILE_THREADS", "7")
     env = study.job_env(0, 100)
     assert env["OMP_NUM_THREADS"] == "1" and env["TORCHINDUCTOR_COMPILE_THREADS"] == "7" and env["GPU_JOBS"] == "50"
@@ -316,7 +331,8 @@ def test_plan_is_five_lines_and_trains_nothing(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(subprocess, "Popen", None)
     study.plan("80m", tmp_path)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 5 and lines[0].startswith("scale 80m: 79.12M parameters") and "2800.0M training tokens" in lines[0]
+    assert len(lines) == 5 and lines[0].startswith("scale 80m: 79.12M parameters")
+    assert "2800.0M training tokens" in lines[0]
     assert "20 of the sweep" in lines[1] and "8 main runs" in lines[1] and "device: CPU" in lines[3]
     # 6 * 79.1M + 6 * 22 * 512 * 2048 = 0.613 GFLOPs a token; 2.8G tokens and val passes; 30 % of 989 TFLOP/s
     assert "no run here yet" in lines[4] and "H100 80GB HBM3 1.8 h" in lines[4]
@@ -348,10 +364,12 @@ def test_plan_refuses_a_full_disk(monkeypatch, tmp_path):
 
 
 def test_list_prints_a_command_a_run():
-    done = subprocess.run(["bash", str(ROOT / "sweep.sh"), "80m", "--list"], capture_output=True, text=True, cwd="/", env=dict(ENV, PATH=PATH))
+    done = subprocess.run(["bash", str(ROOT / "sweep.sh"), "80m", "--list"], capture_output=True, text=True,
+                          cwd="/", env=dict(ENV, PATH=PATH))
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and len(lines) == 28 and len(set(lines)) == 28
-    assert sum("--seed=137" in line for line in lines) == 4 and all(" train.py config/80m.py config/" in line for line in lines)
+    assert sum("--seed=137" in line for line in lines) == 4 and all(" train.py config/80m.py config/"
+        in line for line in lines)
     assert "main runs come after the sweep" in done.stderr
 
 
@@ -366,21 +384,25 @@ def test_status_names_every_state(tmp_path, capsys, monkeypatch):
     budget = dict(max_tokens=20_480, batch_tokens=1024)
     sweep_run(tmp_path, "adamw", 0.01, 5.0, 42, "main", **budget)
     sweep_run(tmp_path, "adamw_qk", 0.01, None, 42, "main", **budget)
-    begun = [sweep_run(tmp_path, arm, 0.01, 5.0, seed, "main", **budget) for arm, seed in (("muon", 42), ("muon", 137), ("muon_qk", 42))]
+    begun = [sweep_run(tmp_path, arm, 0.01, 5.0, seed, "main", **budget) for arm, seed
+             in (("muon", 42), ("muon", 137), ("muon_qk", 42))]
     for folder in begun:
         spot = dict(event="spot_check", step=6, flags=["val loss not falling"])
         row = dict(step=6, train_loss=6.5, val_loss=6.4, mean_pr=20.0, tokens_per_s=1000.0)
         (folder / "log.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(spot) + "\n")
-    (begun[0] / "progress.json").write_text(json.dumps(dict(step=12, max_steps=20, train_loss=None, tokens_per_s=2048.0, time=0)))
-    (begun[1] / "output.txt").write_text(f"error: out of something\n{study.FAILED} 1\n")
+    (begun[0] / "progress.json").write_text(json.dumps(dict(step=12, max_steps=20, train_loss=None,
+                                                            tokens_per_s=2048.0, time=0)))
+    (begun[1] / "output.txt").write_text(f"error: out of something\n{study.EXIT} 1 after 3 s\n")
     (tmp_path / "adamw-seed137").mkdir()
     (tmp_path / "adamw-seed137" / "output.txt").write_text("starting\n")
     shutil.copytree(begun[0], tmp_path / "muon-seed7")
     held = system.lock(begun[0])
     entries = {e["dir"].name: e for e in study.survey("ci", tmp_path) if e["kind"] == "main"}
     states = {name: e["state"] for name, e in entries.items()}
-    assert states == {"adamw-seed42": "finished", "adamw_qk-seed42": "diverged", "muon-seed42": "running", "muon-seed137": "failed",
-                      "muon_qk-seed42": "unfinished", "adamw-seed137": "waiting", "adamw_qk-seed137": "waiting", "muon_qk-seed137": "waiting"}
+    assert states == {"adamw-seed42": "finished", "adamw_qk-seed42": "diverged", "muon-seed42": "running",
+                      "muon-seed137": "failed",
+                      "muon_qk-seed42": "unfinished", "adamw-seed137": "waiting", "adamw_qk-seed137": "waiting",
+                      "muon_qk-seed137": "waiting"}
     assert entries["muon-seed42"]["step"] == 12 and entries["muon-seed42"]["row"]["train_loss"] == 6.5
     study.status("ci", tmp_path)
     out = capsys.readouterr().out
@@ -421,9 +443,10 @@ def test_lines_while_it_runs(tmp_path, capsys):
     (folder / "log.jsonl").write_text(json.dumps(dict(step=10, train_loss=6.5, tokens_per_s=1024.0)) + "\n")
     entries = study.survey("ci", tmp_path)
     study.show([], "ci", tmp_path, entries, [folder], 2)
-    assert capsys.readouterr().out == "out/ci: 0 of 28 runs done, 1 running, about 3 min of training left\n"  # 28 runs, 350 steps left
+    assert capsys.readouterr().out == "out/ci: 0 of 28 runs done, 1 running, about 3 min of training left\n"
     said = {}
-    bars = [type("bar", (), dict(set_description_str=lambda self, line: said.update({id(self): line})))() for _ in range(3)]
+    bars = [type("bar", (), dict(set_description_str=lambda self, line: said.update({id(self): line})))()
+            for _ in range(3)]
     study.show(bars, "ci", tmp_path, entries, [folder], 2)
     lines = [said[id(bar)] for bar in bars]
     assert lines[0].startswith("out/ci: 0 of 28 runs done, 1 running") and lines[2] == ""
@@ -440,18 +463,21 @@ def project(folder, *scales, tokens=(4, 8)):
     for scale in scales:
         (folder / f"config/{scale}.py").write_text(f"""scale = "{scale}"
 n_layer = 2\nn_head = 2\nn_embd = 64\nffn_dim = 96\nblock_size = 64\nvocab_size = 256\ndata_dir = "data/mine"
-max_tokens = {tokens[1] * 256}\nbatch_tokens = 256\neval_tokens = 1024\nprobe_tokens = 128\nlog_interval = 2\nsv_interval = 4\ncompile = False
+max_tokens = {tokens[1] * 256}\nbatch_tokens = 256\neval_tokens = 1024\nprobe_tokens = 128
+log_interval = 2\nsv_interval = 4\ncompile = False
 """)
         text = (folder / "study.py").read_text()
         (folder / "study.py").write_text(text.replace("SCALES = {\n", f"""SCALES = {{
-    "{scale}": dict(sweep_tokens={tokens[0] * 256}, sweep_seeds=[1], grids={{arm: [1e-3, 1e-2, 1e-1] for arm in LABELS}}),
+    "{scale}": dict(sweep_tokens={tokens[0] * 256}, sweep_seeds=[1],
+                    grids={{arm: [1e-3, 1e-2, 1e-1] for arm in LABELS}}),
 """, 1))
     return folder
 
 
 def command(folder, *args, ok=True, **env):
     """What study.py prints; with ok=False its one line of error, and what it printed before."""
-    done = subprocess.run([sys.executable, "study.py", *args], cwd=folder, env=dict(ENV, **env), capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "study.py", *args], cwd=folder, env=dict(ENV, **env),
+                          capture_output=True, text=True)
     assert (done.returncode == 0) == ok and "Traceback" not in done.stderr, done.stderr
     return done.stdout if ok else done.stderr + done.stdout
 
@@ -460,9 +486,10 @@ def test_a_scale_is_two_files(tmp_path):
     """A scale with head dim 32 and data of one's own, with two arms, from its list to its neighbours."""
     copy, env = project(tmp_path / "project", "small"), dict(ARMS="adamw muon_qk_frozen", SEEDS="42", JOBS="2")
     out = copy / "out/small"
-    assert "is whole, 40,000 tokens for training and 4,000 for validation: nothing to make" in command(copy, "data", "small")
+    assert "is whole, 40,000 tokens for training and 4,000 for validation: nothing to make" in command(copy,
+        "data", "small")
     assert len(command(copy, "list", "small", **env).splitlines()) == 2 * 3 + 2
-    assert command(copy, "plan", "small", **env).startswith("scale small: 0.09M parameters, 2 layers, width 64, context 64")
+    assert command(copy, "plan", "small", **env).startswith("scale small: 0.09M parameters, 2 layers, width 64")
     assert "no rate for adamw" in command(copy, "run", "small", "main", ok=False, **env)
     told = command(copy, "run", "small", "lr", **env)
     assert "adamw-lr0.01: val loss " in told and "of training left" in told
@@ -481,7 +508,8 @@ def test_a_scale_is_two_files(tmp_path):
     told = command(copy, "run", "small", "main", ok=False, **env)
     assert "adamw-seed42: error: " in told
     (out / "adamw-seed42/config.json").rmdir()
-    assert "failed" in next(line for line in command(copy, "status", "small", **env).splitlines() if line.startswith("adamw-seed42"))
+    assert "failed" in next(line for line in command(copy, "status", "small", **env).splitlines()
+                            if line.startswith("adamw-seed42"))
     assert "adamw-seed42: val loss" in command(copy, "run", "small", "main", **env)
 
     command(copy, "run", "small", "neighbours", **env)
@@ -505,8 +533,10 @@ def test_data_of_ones_own_that_are_not_whole(tmp_path):
 def test_signals_reach_all_runs(tmp_path, script, number):
     """Every run saves and says how to go on, and nothing is left behind, whichever script got the signal."""
     copy = project(tmp_path / "project", "small", tokens=(50_000, 50_000))
-    start = [sys.executable, "study.py", "run", "small", "lr"] if script == "study.py" else ["bash", "sweep.sh", "small", "lr", "eval"]
-    child = subprocess.Popen(start, cwd=copy, env=dict(ENV, JOBS="2", PATH=PATH), stdout=subprocess.PIPE, text=True, start_new_session=True)
+    start = {"study.py": [sys.executable, "study.py", "run", "small", "lr"],
+             "sweep.sh": ["bash", "sweep.sh", "small", "lr", "eval"]}[script]
+    child = subprocess.Popen(start, cwd=copy, env=dict(ENV, JOBS="2", PATH=PATH), stdout=subprocess.PIPE,
+                             text=True, start_new_session=True)
     folders = [copy / "out/small/sweep" / name for name in ("adamw-lr0.001", "adamw_qk-lr0.001")]
     deadline = time.time() + 60
     while not all((folder / "log.jsonl").exists() for folder in folders) and time.time() < deadline:
@@ -529,31 +559,39 @@ def fake(folder, name, script):
 
 
 def test_slurm_jobs(tmp_path):
-    """What is submitted: signals for the run itself, arrays as long as their stage, paths with blanks, no job that waits for ever."""
+    """Signals for the run itself, arrays as long as their stage, paths with blanks, no job that waits for ever."""
     folder = tmp_path / "a b"
     copy = project(folder, "small")
-    fake(tmp_path / "my bin", "sbatch", f"printf '%q ' \"$@\" >> '{tmp_path}/jobs'; echo >> '{tmp_path}/jobs'; wc -l < '{tmp_path}/jobs'")
+    fake(tmp_path / "my bin", "sbatch",
+         f"printf '%q ' \"$@\" >> '{tmp_path}/jobs'; echo >> '{tmp_path}/jobs'; wc -l < '{tmp_path}/jobs'")
     fake(tmp_path / "my bin", "python", f"exec {sys.executable} \"$@\"")
-    done = subprocess.run(["bash", "tools/slurm.sh", "small", "--partition=gpu"], cwd=copy, capture_output=True, text=True,
-                          env=dict(ENV, ARMS="adamw muon muon_qk", SEEDS="1234", PATH=f"{tmp_path}/my bin:{os.environ['PATH']}"))
+    done = subprocess.run(["bash", "tools/slurm.sh", "small", "--partition=gpu"], cwd=copy, capture_output=True,
+                          text=True,
+                          env=dict(ENV, ARMS="adamw muon muon_qk", SEEDS="1234",
+                                   PATH=f"{tmp_path}/my bin:{os.environ['PATH']}"))
     assert done.returncode == 0, done.stderr
     jobs = [shlex.split(line) for line in (tmp_path / "jobs").read_text().splitlines()]
     given = [dict(option.partition("=")[::2] for option in job) for job in jobs]
-    assert all(job["--signal"] == "B:TERM@60" and job["--kill-on-invalid-dep"] == "yes" and "--requeue" in job and job["--partition"] == "gpu"
+    assert all(job["--signal"] == "B:TERM@60" and job["--kill-on-invalid-dep"] == "yes" and "--requeue"
+               in job and job["--partition"] == "gpu"
                for job in given)
-    assert [job["--job-name"] for job in given] == [f"small-{name}" for name in ("data", "lr", "extend", "choose", "main", "report")]
+    assert [job["--job-name"] for job in given] == [f"small-{name}" for name
+                                                    in ("data", "lr", "extend", "choose", "main", "report")]
     assert [job.get("--array") for job in given] == [None, "0-8", "0-2", None, "0-2", None]
-    assert [job.get("--dependency") for job in given] == [None, "afterok:1", "afterany:2", "afterany:3", "afterok:4", "afterany:5"]
+    assert [job.get("--dependency") for job in given] == [None, "afterok:1", "afterany:2", "afterany:3",
+                                                          "afterok:4", "afterany:5"]
     for job in given:
         assert "exec " in job["--wrap"]
     python = f"{tmp_path}/my bin/python"
-    assert shlex.split(given[1]["--wrap"]) == ["exec", python, "study.py", "task", "small", "lr", "$SLURM_ARRAY_TASK_ID"]
-    assert "error: usage" in subprocess.run(["bash", str(ROOT / "tools/slurm.sh")], capture_output=True, text=True, env=dict(ENV, PATH=PATH)).stderr
+    assert shlex.split(given[1]["--wrap"]) == ["exec", python, "study.py", "task", "small", "lr",
+                                               "$SLURM_ARRAY_TASK_ID"]
+    assert "error: usage" in subprocess.run(["bash", str(ROOT / "tools/slurm.sh")], capture_output=True,
+                                            text=True, env=dict(ENV, PATH=PATH)).stderr
 
 
 @pytest.mark.parametrize("state, again", [("RUNNING", True), ("COMPLETING", False), ("", False)])
 def test_only_a_task_whose_time_is_up_is_queued_again(tmp_path, monkeypatch, state, again):
-    """One that was cancelled is not. A task of an array is named by both numbers: the array's alone would name them all."""
+    """One that was cancelled is not. A task is named by array and number: the array's alone would name all of them."""
     fake(tmp_path, "squeue", f"echo \"$@\" > '{tmp_path}/asked'; echo {state}")
     fake(tmp_path, "scontrol", f"echo \"$@\" > '{tmp_path}/told'")
     monkeypatch.setenv("PATH", f"{tmp_path}:{PATH}")
@@ -569,7 +607,8 @@ def test_a_task_is_one_run_and_passes_its_signal_on(tmp_path):
     fake(tmp_path / "bin", "squeue", "echo RUNNING")
     fake(tmp_path / "bin", "scontrol", f"echo \"$@\" > '{tmp_path}/told'")
     env = dict(ENV, PATH=f"{tmp_path}/bin:{PATH}", SLURM_JOB_ID="78", JOBS="2")
-    child = subprocess.Popen([sys.executable, "study.py", "task", "small", "lr", "1"], cwd=copy, env=env, stdout=subprocess.DEVNULL)
+    child = subprocess.Popen([sys.executable, "study.py", "task", "small", "lr", "1"], cwd=copy, env=env,
+                             stdout=subprocess.DEVNULL)
     log, deadline = copy / "out/small/sweep/adamw_qk-lr0.001/log.jsonl", time.time() + 60
     while not log.exists() and time.time() < deadline:
         time.sleep(0.1)
@@ -582,7 +621,7 @@ def test_a_task_is_one_run_and_passes_its_signal_on(tmp_path):
 @pytest.mark.skipif(not all(map(shutil.which, ("slurmctld", "slurmd", "munged", "sbatch"))) or os.geteuid() != 0,
                     reason="needs root and SLURM: apt-get install slurmctld slurmd slurm-client munge")
 def test_slurm_runs_the_study(tmp_path):
-    host, path = socket.gethostname().split(".")[0], dict(os.environ, PATH=os.path.dirname(sys.executable) + ":" + os.environ["PATH"])
+    host, path = socket.gethostname().split(".")[0], dict(os.environ, PATH=PATH)
     (tmp_path / "slurm.conf").write_text(f"""
 ClusterName=test
 SlurmctldHost={host}
@@ -606,20 +645,24 @@ PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP
     copy = tmp_path / "project"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns("out", ".git", "__pycache__"))
     os.makedirs("/run/munge", exist_ok=True)
-    servers = [subprocess.Popen(command, env=path, stdout=subprocess.DEVNULL, stderr=open(tmp_path / "servers.txt", "a")) for command in
+    servers = [subprocess.Popen(command, env=path, stdout=subprocess.DEVNULL,
+                                stderr=open(tmp_path / "servers.txt", "a")) for command in
                (["munged", "-F", "--force"], ["slurmctld", "-D"], ["slurmd", "-D", "-N", host])]
     try:
         time.sleep(5)
         subprocess.run(["scontrol", "update", f"nodename={host}", "state=resume"], env=path, capture_output=True)
-        done = subprocess.run(["bash", "tools/slurm.sh", "ci"], cwd=copy, env=dict(path, OMP_NUM_THREADS="1"), capture_output=True, text=True)
+        done = subprocess.run(["bash", "tools/slurm.sh", "ci"], cwd=copy, env=dict(path, OMP_NUM_THREADS="1"),
+                              capture_output=True, text=True)
         assert done.returncode == 0, done.stderr + (tmp_path / "servers.txt").read_text()
         deadline, preempted = time.time() + 500, False
         while time.time() < deadline and not (copy / "out/ci/report.md").exists():
             time.sleep(2)
-            running = subprocess.run(["squeue", "-h", "-t", "R", "-n", "ci-main", "-o", "%i"], env=path, capture_output=True, text=True).stdout.split()
+            running = subprocess.run(["squeue", "-h", "-t", "R", "-n", "ci-main", "-o", "%i"], env=path,
+                                     capture_output=True, text=True).stdout.split()
             if running and not preempted:  # a preempted task is requeued and goes on
                 preempted = subprocess.run(["scontrol", "requeue", running[0]], env=path).returncode == 0
-        assert (copy / "out/ci/report.md").exists(), subprocess.run(["squeue"], env=path, capture_output=True, text=True).stdout
+        assert (copy / "out/ci/report.md").exists(), subprocess.run(["squeue"], env=path, capture_output=True,
+            text=True).stdout
         runs = study.load_runs(copy / "out/ci")
         assert preempted and len(runs) == 8 and all(r["status"] == "finished" for r in runs)
     finally:

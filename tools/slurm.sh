@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The study on a SLURM cluster: bash tools/slurm.sh SCALE [sbatch options]
-# such as --partition=gpu --gres=gpu:1 --cpus-per-task=8. One array task a run. A task that is preempted or whose time is up
-# goes back into the queue, and on from its last checkpoint. Jobs that wait for each other:
+# such as --partition=gpu --gres=gpu:1 --cpus-per-task=8. One array task a run. A task that is preempted or whose
+# time is up goes back into the queue, and on from its last checkpoint. Jobs that wait for each other:
 # data -> lr -> extend (grids whose winner is at an edge) -> choose -> main -> eval, plot, report.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
