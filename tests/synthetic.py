@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from study import ARMS, SCALES, SWEEP_SEED, scale_config
+from study import FACTORIAL, LABELS, SCALES, grid, neighbour_lrs, run_name, scale_config, winner
 
 TRUTH = {  # final values of a main run: loss in nats, participation ratios of 64
     "adamw": dict(loss=3.62, pr=24.0, max_logit=30.0, attn_entropy=3.1),
@@ -18,6 +18,7 @@ TRUTH = {  # final values of a main run: loss in nats, participation ratios of 6
     "muon": dict(loss=3.50, pr=47.0, max_logit=14.0, attn_entropy=3.6),
     "muon_qk": dict(loss=3.51, pr=42.0, max_logit=8.5, attn_entropy=3.7),
 }
+OTHERS = dict(loss=3.55, pr=38.0, max_logit=8.0, attn_entropy=3.5)  # of an arm that is not in TRUTH
 SHARE_OF_PR = dict(pr_centered=0.75, pr_pre_rope=0.85, pr_weight=0.7)  # of pr, where an arm does not give its own
 NOISE = dict(loss=0.01, pr=0.5, pr_centered=0.5, pr_pre_rope=0.5, pr_weight=0.5, attn_entropy=0.02, max_logit=0.3)
 LAYERED = ["pr", "pr_centered", "pr_pre_rope", "pr_weight", "attn_entropy", "max_logit"]
@@ -100,13 +101,15 @@ def make_run(config, final, end="finished", rng=0):
 
 
 def study(arms={}, seeds=(42, 137), n_layer=None, scale="mini", noise={}, diverged=(), unfinished=(), absent=(),
-          unbracketed=(), rng=0):
+          unbracketed=(), sweep_seeds=(1,), rng=0):
     """A whole study in memory: (main runs, sweep runs, chosen), as study.load_runs(d), load_runs(d, "sweep") and
-    chosen(d) give them, except that `dir` is the run's folder name.
+    chosen(d) give them, except that `dir` is the run's folder below the study's.
 
-    arms: {arm: {"loss", "pr", "pr_centered", ...}} over TRUTH. noise: standard deviations over seeds, over NOISE.
-    diverged, unfinished, absent: run names such as 'muon-seed42' or 'adamw-lr0.001', or an arm's name for all of its
-    main runs. unbracketed: arms whose best learning rate lies beyond the grid. rng: a seed or a numpy Generator.
+    arms: {arm: {"loss", "pr", "pr_centered", ...}} over TRUTH; an arm that is not in the 2x2 is added by naming it here.
+    noise: standard deviations over seeds, over NOISE; a value may be {arm: number}. diverged, unfinished, absent: run
+    names such as 'muon-seed42' or 'adamw-lr0.001', or an arm's name for all of its main runs. unbracketed: arms whose
+    best learning rate lies beyond the grid. With several sweep_seeds sweep runs have the noise too. rng: a seed or a
+    numpy Generator.
     """
     rng = np.random.default_rng(rng)
     sd = {**NOISE, **noise}
@@ -116,43 +119,69 @@ def study(arms={}, seeds=(42, 137), n_layer=None, scale="mini", noise={}, diverg
         named = [how for how, which in (("diverged", diverged), ("unfinished", unfinished)) if set(names) & set(which)]
         return (named or ["finished"])[0]
 
-    for arm in ARMS:
-        truth = {**TRUTH[arm], **arms.get(arm, {})}
+    def draw(name, arm):
+        return (sd[name].get(arm, NOISE[name]) if isinstance(sd[name], dict) else sd[name]) * rng.standard_normal()
+
+    for arm in [a for a in LABELS if a in FACTORIAL or a in arms]:
+        truth = {**TRUTH.get(arm, OTHERS), **arms.get(arm, {})}
         truth.update({k: truth["pr"] * share for k, share in SHARE_OF_PR.items() if k not in truth})
-        tried, grid = [], SCALES[scale]["grids"][arm]
-        best = grid[-1] * 4 if arm in unbracketed else grid[2] * 1.2
-        for lr in grid:
-            name = f"{arm}-lr{lr:g}"
+        results, rates = {}, grid(scale, arm)
+        best = rates[-1] * 4 if arm in unbracketed else rates[2] * 1.2
+        for lr, seed in [(lr, seed) for lr in rates for seed in sweep_seeds]:
+            name = run_name("sweep", arm, lr, seed)
             if name in absent:
                 continue
             loss = truth["loss"] + 0.5 + 0.06 * math.log2(lr / best) ** 2
-            final = {**truth, "loss": loss, "pr": truth["pr"] * (lr / grid[0]) ** -0.1}
-            run = make_run(make_config(scale, arm, SWEEP_SEED, lr, True, n_layer), final, end(name), rng)
+            loss += draw("loss", arm) if len(sweep_seeds) > 1 else 0
+            final = {**truth, "loss": loss, "pr": truth["pr"] * (lr / rates[0]) ** -0.1}
+            run = make_run(make_config(scale, arm, seed, lr, True, n_layer), final, end(name), rng)
             sweep.append({**run, "dir": Path("sweep") / name})
-            loss = run["val_loss"] if run["status"] == "finished" else None
-            tried.append(dict(lr=lr, val_loss=loss, status=run["status"]))
-        done = [t for t in tried if t["status"] == "finished"]
-        if done and all(t["status"] != "unfinished" for t in tried):
-            win = min(done, key=lambda t: t["val_loss"])
-            bracketed = tried[0]["lr"] < win["lr"] < tried[-1]["lr"]
-            chosen[arm] = dict(lr=win["lr"], val_loss=win["val_loss"], bracketed=bracketed, seed=SWEEP_SEED,
-                               tokens=SCALES[scale]["sweep_tokens"], tried=tried)
+            results.setdefault(lr, {})[seed] = run["val_loss"]
+        lost = [loss for losses in results.values() for loss in losses.values() if loss is None]
+        if results and not lost:
+            lr, bracketed, tie = winner(results)
+            mean = {x: float(np.mean(list(losses.values()))) for x, losses in results.items()}
+            finite = lambda x: x if math.isfinite(x) else None
+            chosen[arm] = dict(
+                lr=lr, val_loss=mean[lr], bracketed=bracketed, tie=tie, seeds=list(sweep_seeds),
+                tokens=SCALES[scale]["sweep_tokens"],
+                tried=[dict(lr=x, val_loss=finite(mean[x]), status="finished" if finite(mean[x]) else "diverged",
+                            val_losses=[finite(v) for v in results[x].values()]) for x in sorted(results)])
         for seed in sorted(seeds):
             name = f"{arm}-seed{seed}"
-            final = {k: v + sd[k] * rng.standard_normal() for k, v in truth.items()}
+            final = {k: v + draw(k, arm) for k, v in truth.items()}
             if not {name, arm} & set(absent):
-                lr = chosen[arm]["lr"] if arm in chosen else grid[2]
+                lr = chosen[arm]["lr"] if arm in chosen else rates[2]
                 run = make_run(make_config(scale, arm, seed, lr, False, n_layer), final, end(name, arm), rng)
                 main.append({**run, "dir": Path(name)})
     return main, sweep, chosen
 
 
-def make_study(study_dir, spectra=True, **kw):
+def neighbours(main, seed, change={}, diverged=()):
+    """Runs of the stage `neighbours` beside the main runs of a seed: at half and at twice the rate. change: {arm: (what
+    is added to the loss at half the rate, at twice)}; mean PR falls by a twentieth from rate to rate. diverged: run
+    names such as 'muon-lr0.032'."""
+    runs = []
+    for r in (r for r in main if r["config"]["seed"] == seed and r["status"] == "finished"):
+        c, last = r["config"], r["rows"][-1]
+        for lr, more, times in zip(neighbour_lrs(c["learning_rate"]), change.get(c["arm"], (0.03, 0.02)), (1.05, 0.95)):
+            name = run_name("neighbours", c["arm"], lr, seed)
+            final = {k: np.mean([last[f"{k}_layer_{i}"] for i in range(c["n_layer"])]) for k in LAYERED}
+            final = {k: v * (times if k.startswith("pr") else 1) for k, v in final.items()}
+            run = make_run(dict(c, learning_rate=lr, n_ckpt=0), dict(final, loss=r["val_loss"] + more),
+                           "diverged" if name in diverged else "finished")
+            runs.append({**run, "dir": Path("neighbours") / name})
+    return runs
+
+
+def make_study(study_dir, spectra=True, beside=None, **kw):
     """Write study(**kw) under study_dir as the scripts do: config.json, log.jsonl and, with spectra, sv_*.npy of each
-    run, and chosen_lr.json. No checkpoints. Returns study_dir as a Path."""
+    run, and chosen_lr.json. No checkpoints. beside: arguments of neighbours() as a dict, {} for its defaults; without it
+    that stage was not run. Returns study_dir as a Path."""
     study_dir = Path(study_dir)
     main, sweep, chosen = study(**kw)
-    for run in main + sweep:
+    near = [] if beside is None else neighbours(main, kw.get("seeds", (42, 137))[0], **beside)
+    for run in main + sweep + near:
         folder, config = study_dir / run["dir"], run["config"]
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps({**config, "out_dir": str(folder)}, indent=1))
