@@ -1,4 +1,4 @@
-"""Tests of stats.py, post.py, report.py and review.py on synthetic studies whose truth is known."""
+"""report.py, post/text.py and post/review.py on synthetic studies whose truth is known."""
 import json
 import math
 import re
@@ -16,8 +16,8 @@ import study
 import synthetic
 from configurator import ROOT
 
-A, AQ, M, MQ = study.ARMS
-FLAT = {a: dict(loss=3.5, pr=40.0) for a in study.ARMS}
+A, AQ, M, MQ = study.FACTORIAL
+FLAT = {a: dict(loss=3.5, pr=40.0) for a in study.FACTORIAL}
 STUDIES = {  # outcome: arms that lead to it
     "A": {**FLAT, M: dict(loss=3.3, pr=55.0, max_logit=14.0)},
     "B": {**FLAT, M: dict(loss=3.6, pr=55.0)},
@@ -39,7 +39,7 @@ def make(folder, evaluated=True, figures=True, **kw):
         (d / "results.json").write_text(json.dumps(dict(runs=runs)))
     if figures:
         (d / "figures").mkdir()
-        for name in post.FIGURES:
+        for name in post.FIGURES[:6]:
             (d / f"figures/{name}.png").write_bytes(b"\x89PNG")
     return d
 
@@ -62,154 +62,6 @@ def edited(whole, tmp_path, edit):
     assert edit(text) != text, "the edit has to change something"
     path.write_text(edit(text))
     return path
-
-
-def unit_noise(*means, n=2):
-    """(4, n) with the given means and a pooled standard deviation of one."""
-    x = np.linspace(-1, 1, n)
-    return np.array(means, float)[:, None] + x / x.std(ddof=1)
-
-
-# ---- stats.py ----
-
-def test_half_widths_are_the_design_s():
-    y = unit_noise(0, 0, 0, 0)
-    assert stats.pooled(y) == (pytest.approx(1), 4)
-    assert stats.pair(y, 0, 3)["half"] == pytest.approx(2.776, abs=1e-3)
-    for name, half in ("optimizer", 1.963), ("qk_norm", 1.963), ("interaction", 3.926):
-        assert stats.estimate(y, stats.CONTRASTS[name])["half"] == pytest.approx(half, abs=1e-3)
-    assert stats.pooled(unit_noise(0, 0, 0, 0, n=3))[1] == 8
-
-
-def test_contrasts_mean_what_they_say():
-    y = unit_noise(10, 12, 5, 4)  # adamw, adamw_qk, muon, muon_qk
-    got = {c: stats.estimate(y, w)["effect"] for c, w in stats.CONTRASTS.items()}
-    assert got == pytest.approx(dict(optimizer=4.5 - 11, qk_norm=8 - 7.5, interaction=(4 - 5) - (12 - 10)))
-
-
-def test_p_value_is_that_of_a_pooled_t_test():
-    from scipy.stats import f_oneway
-    y = np.random.default_rng(0).normal(size=(4, 3))
-    p = [stats.estimate(y, w)["effect"] ** 2 / stats.estimate(y, w)["se"] ** 2 for w in stats.CONTRASTS.values()]
-    assert np.mean(p) == pytest.approx(f_oneway(*y).statistic)  # orthogonal contrasts add up to the ANOVA's F
-
-
-def holm(p):
-    """Holm-adjusted p-values of a dict, the textbook's way."""
-    out, floor = {}, 0.0
-    for i, h in enumerate(sorted(p, key=p.get)):
-        out[h] = floor = max(floor, min(1.0, (len(p) - i) * p[h]))
-    return out
-
-
-def test_decisions_are_holm_s_over_six_until_a_scenario_needs_more():
-    rng, same = np.random.default_rng(0), 0
-    for _ in range(500):
-        p = {m: dict(zip(stats.CONTRASTS, rng.uniform(size=3) ** 4)) for m in ("loss", "pr")}
-        got = stats.decide(p, dict(loss=1.0, pr=1.0), 1.0)
-        want = holm({(m, c): v for m in p for c, v in p[m].items()})
-        for h in want:  # never more than Holm claims, and exactly his while no measure has two contrasts resolved
-            assert got[h] >= want[h] - 1e-12
-        if all(sum(want[m, c] <= stats.ALPHA for c in p[m]) < 2 for m in p):
-            assert {h for h in want if got[h] <= stats.ALPHA} == {h for h in want if want[h] <= stats.ALPHA}
-            same += 1
-    assert same > 100
-    assert got["loss", "best"] == 1  # p 1
-
-
-def test_best_may_be_claimed_once_two_contrasts_are():
-    p = dict(loss=dict(optimizer=1e-4, qk_norm=1e-4, interaction=0.6),
-             pr=dict(optimizer=1.0, qk_norm=1.0, interaction=1.0))
-    got = stats.decide(p, dict(loss=0.009, pr=1e-9), 1.0)
-    assert got["loss", "best"] == pytest.approx(5 * 0.009)  # 2 left on loss, 3 on PR
-    assert got["pr", "best"] == 1
-
-
-def simulate(n, means, count, seed, shared=0.0):
-    """Shares of `count` studies in which each hypothesis is claimed; means: {measure: 4 numbers in units of s_p};
-    shared: the share of the variance over seeds that all arms have in common."""
-    rng, claims = np.random.default_rng(seed), {}
-    for _ in range(count):
-        noise = {m: np.sqrt(1 - shared) * rng.standard_normal((4, n)) + np.sqrt(shared) * rng.standard_normal(n)
-                 for m in means}
-        y = {m: 40 + np.array(means[m])[:, None] + noise[m] for m in means}
-        for h, e in stats.analyse({**y, "pr_centered": y["pr"], "pr_weight": y["pr"]}).items():
-            claims.setdefault(h, []).append(e["claimed"])
-    return {h: np.array(v) for h, v in claims.items()}
-
-
-def test_no_more_than_one_false_claim_in_twenty_where_some_effects_are_true():
-    """The hard case of the family: everything about loss is decided but which of two equal arms is best, and PR is
-    null."""
-    claims = simulate(2, dict(loss=[0, 30, -30, -30], pr=[0, 0, 0, 0]), 1500, 1)
-    false = np.any([v for h, v in claims.items() if h[0] == "pr" or h == ("loss", "best")], axis=0)
-    assert claims["loss", "optimizer"].mean() > 0.99 and claims["loss", "interaction"].mean() > 0.99
-    assert false.mean() <= 0.05 + 3 * math.sqrt(0.05 * 0.95 / 1500)
-
-
-def test_seeds_that_move_all_arms_alike_make_it_stricter():
-    claims = simulate(2, dict(loss=[0] * 4, pr=[0] * 4), 500, 2, shared=0.8)
-    assert np.any([v for h, v in claims.items() if h != ("loss", "tie")], axis=0).mean() < 0.03
-
-
-@pytest.fixture(scope="module")
-def blank(tmp_path_factory):
-    """Main runs whose logs are their last row alone: quick to write thousands of times."""
-    d = tmp_path_factory.mktemp("calibration")
-    main, _, _ = synthetic.study(n_layer=1, seeds=(42, 137))
-    for run in main:
-        (d / run["dir"]).mkdir()
-        (d / run["dir"] / "config.json").write_text(json.dumps(run["config"]))
-    return d, main
-
-
-def calibrate(blank, effects, count, seed):
-    """Write `count` sets of logs with noise of one s_p and read them back through the code of the report: [verdict()].
-    """
-    d, main = blank
-    rng, out, names = np.random.default_rng(seed), [], [*post.PR_DEFINITIONS, "max_logit"]
-    s = dict(loss=0.01, pr=0.5)
-    for _ in range(count):
-        for run in main:
-            i = study.ARMS.index(run["config"]["arm"])
-            pr = 40 + s["pr"] * (effects["pr"][i] + rng.standard_normal())
-            row = dict(step=600, tokens=1_228_800, val_loss=3.5 + s["loss"] * (effects["loss"][i] +
-                                                                               rng.standard_normal()),
-                       mean_pr=pr, **{f"{name}_layer_0": pr for name in names})
-            (d / run["dir"] / "log.jsonl").write_text(f'{json.dumps(row)}\n{{"event": "finished", "step": 600, '
-                                                      f'"tokens": 1228800}}\n')
-        out.append(stats.verdict(*report.measure(study.load_runs(d), [42, 137])))
-    return out
-
-
-def test_no_effect_is_claimed_in_at_most_one_study_in_twenty(blank):
-    out = calibrate(blank, dict(loss=[0] * 4, pr=[0] * 4), 2000, 3)
-    claimed = np.mean([any(e["claimed"] for h, e in analysis.items() if h != ("loss", "tie")) for _, _,
-                       analysis in out])
-    print(f"family-wise false claims: {claimed:.4f}")
-    assert 0.02 < claimed <= 0.05 + 2 * math.sqrt(0.05 * 0.95 / 2000)
-    assert {outcome for outcome, _, _ in out} <= {"D", "none"}
-
-
-def test_effects_of_five_standard_deviations_are_found(blank):
-    out = calibrate(blank, dict(loss=[0, 5, -5, 0], pr=[0, -5, 5, 0]), 300, 4)  # main effects of 5, no interaction
-    for m in "loss", "pr":
-        for c in "optimizer", "qk_norm":
-            found = np.mean([analysis[m, c]["claimed"] for _, _, analysis in out])
-            print(f"{c} on {m}: found in {found:.3f}")
-            assert found > 0.88
-    three = simulate(3, dict(loss=[0, 5, -5, 0], pr=[0, -5, 5, 0]), 200, 5)
-    assert all(three[m, c].mean() > 0.99 for m in ("loss", "pr") for c in ("optimizer", "qk_norm"))
-
-
-def test_parabola_through_three_exact_points():
-    lrs = [1e-3, 2e-3, 4e-3, 8e-3]
-    losses = [3 + 0.1 * math.log(lr / 2.5e-3) ** 2 for lr in lrs]
-    assert stats.quadratic_fit(lrs, losses) == pytest.approx((2.5e-3, 3.0))
-    assert stats.quadratic_fit(lrs[:2], losses[:2]) is None
-    assert stats.quadratic_fit(lrs[:3], [3.0, 2.0, 1.5]) == pytest.approx(stats.quadratic_fit(lrs,
-                                                                                              [3.0, 2.0, 1.5, None]))
-    assert stats.quadratic_fit([1e-3, 2e-3, 4e-3], [1.0, 2.0, 2.5]) is None  # no minimum
 
 
 # ---- verdicts ----
@@ -249,7 +101,7 @@ def test_scenario_a_without_logits_does_not_speak_of_them(tmp_path):
     S = report.load(make(tmp_path / "mini", arms=STUDIES["A"]))
     for run in S["runs"]:
         run["rows"] = [{k: v for k, v in row.items() if not k.startswith("max_logit")} for row in run["rows"]]
-    S["y"], _ = report.measure(S["runs"], S["seeds"])
+    S["y"] = report.measure(S["runs"], S["seeds"], S["arms"])
     assert S["verdict"][0] == "A" and "logit" not in post.title(S)
 
 
@@ -267,13 +119,13 @@ def test_a_pr_claim_has_to_hold_under_every_definition(tmp_path):
 def test_a_crossed_main_effect_makes_no_headline(tmp_path):
     arms = {A: dict(loss=3.5, pr=25.0), AQ: dict(loss=3.5, pr=15.0), M: dict(loss=3.5, pr=42.0),
             MQ: dict(loss=3.5, pr=50.0)}
-    S = report.load(make(tmp_path / "mini", arms=arms))
+    S = report.load(make(tmp_path / "mini", arms=arms, noise={k: 0.02 for k in synthetic.NOISE}))
     assert S["verdict"][2]["pr", "qk_norm"]["holds"] and "QK-Norm lowers" not in S["title"]
     assert "QK-Norm's effect on mean PR is higher under Muon" in S["title"]
 
 
 def test_one_seed_gives_no_verdict_and_says_why(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "SEEDS", [42])
+    monkeypatch.setattr(study, "SEEDS", [42])
     S = report.load(make(tmp_path / "mini", arms=STUDIES["A"], seeds=(42,)))
     text = post.build(S)
     assert S["missing"] == [] and "no verdict" in S["title"]
@@ -282,7 +134,7 @@ def test_one_seed_gives_no_verdict_and_says_why(tmp_path, monkeypatch):
 
 def test_seeds_that_agree_to_the_last_digit_give_no_verdict(tmp_path):
     S = report.load(make(tmp_path / "mini", arms=STUDIES["A"], noise={k: 0.0 for k in synthetic.NOISE}))
-    S["y"]["loss"][:] = S["y"]["loss"][:, :1]
+    S["y"]["loss"] = {a: v[:1].repeat(2) for a, v in S["y"]["loss"].items()}
     assert stats.verdict(S["y"])[0] == "no verdict"
 
 
@@ -291,7 +143,7 @@ def test_seeds_that_agree_to_the_last_digit_give_no_verdict(tmp_path):
     (dict(unfinished=["adamw_qk-seed42"]), "main run adamw_qk-seed42: unfinished"),
     (dict(absent=["adamw-lr0.001"]), "sweep run adamw-lr0.001: not started"),
     (dict(unfinished=["muon-lr0.008"]), "muon: no learning rate chosen"),
-    (dict(absent=study.ARMS), "main run adamw-seed42: not started"),
+    (dict(absent=study.FACTORIAL), "main run adamw-seed42: not started"),
     (dict(evaluated=False), "evaluation of muon-seed42")])
 def test_an_incomplete_study_names_what_is_missing_and_has_no_verdict(kw, missing, tmp_path):
     d = make(tmp_path / "mini", arms=STUDIES["A"], **kw)
@@ -349,7 +201,7 @@ def test_tables_are_the_logs(whole):
     assert f"{np.mean(losses):.4f} ± {abs(losses[0] - losses[1]) / 2:.4f}" in text
     assert f"| Muon | 137 | {math.exp(losses[1]):.2f} | 26.6 ± 0.4 % | not available |" in text
     assert "- Not available: lambada: no rows" in text
-    loss = {a: np.mean([r["val_loss"] for r in runs if r["config"]["arm"] == a]) for a in study.ARMS}
+    loss = {a: np.mean([r["val_loss"] for r in runs if r["config"]["arm"] == a]) for a in study.FACTORIAL}
     assert f"| Muon minus AdamW | {(loss[M] + loss[MQ] - loss[A] - loss[AQ]) / 2:+.4f} ±" in text
 
 
@@ -357,17 +209,17 @@ def test_three_seeds_reach_every_table(tmp_path):
     d = make(tmp_path / "mini", arms=STUDIES["A"], seeds=(42, 137, 7))
     S = report.load(d)
     text = post.build(S)
-    assert S["y"]["loss"].shape == (4, 3) and "| Config | Seed 42 | Seed 137 | Seed 7 | Mean |" in text
-    v = S["y"]["loss"][2]
+    assert "| Config | Seed 42 | Seed 137 | Seed 7 | Mean |" in text
+    v = np.array([r["val_loss"] for r in study.load_runs(d) if r["config"]["arm"] == M])
     assert f"{v.mean():.4f} ± {v.std(ddof=1):.4f}" in text
-    assert "standard deviation over 3 seeds" in text and "8 degrees of freedom" in text
+    assert "standard deviation over 3 seeds" in text and "2 degrees of freedom" in text
 
 
 def test_small_scales_say_first_what_they_cannot_show_and_80m_checks_its_ranges(whole, tmp_path):
     first = (whole / "report.md").read_text().split("## 1.")[0]
     assert "It cannot show" in first and "926,336 parameters" in first
     text = post.build(report.load(make(tmp_path / "80m", arms={**FLAT, M: dict(loss=3.45), MQ: dict(loss=3.47)},
-                                       scale="80m")))
+                                       scale="80m", n_layer=22)))
     assert "It cannot show" not in text
     assert "| Val loss, mean of the Muon arms | 3.4" in text and "25 to 27.5 | yes" in text
     assert "| AdamW above Muon | 0.04" in text and "**no**" in text  # 3.5 - 3.46 is outside 0.05 to 0.10
@@ -379,25 +231,6 @@ def test_learning_rates_say_where_they_are_not_bracketed(tmp_path):
     row = next(line for line in text.split("\n") if line.startswith("| Muon |") and "bracketed" in line)
     assert "**not bracketed**" in row and "| none |" in row
     assert "Not bracketed, so perhaps not at its best learning rate: Muon." in text
-
-
-def test_transfer_says_whether_the_choice_holds(tmp_path):
-    d = make(tmp_path / "mini")
-    for a, change in (A, 0.1), (M, -0.1):
-        lr = study.chosen(d)[a]["lr"]
-        for x, loss in (lr, 4.0), (lr / 2, 4.0 + change):
-            run = synthetic.make_run(dict(synthetic.make_config("mini", a, 1, x, True, 2), max_tokens=409_600),
-                                     dict(loss=loss, pr=30.0,
-                                     pr_centered=20.0, pr_pre_rope=20.0, pr_weight=20.0, attn_entropy=3.0,
-                                          max_logit=9.0))
-            folder = d / f"transfer/{a}-lr{x:g}"
-            folder.mkdir(parents=True)
-            (folder / "config.json").write_text(json.dumps(run["config"]))
-            (folder / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in run["rows"] + run["events"]))
-    text = post.build(report.load(d))
-    assert "| AdamW | 0.002 | 4.0000 | 4.1000 | yes |" in text
-    assert "| Muon | 0.016 | 4.0000 | 3.9000 | **no**, half is better |" in text
-    assert "| Muon + QK-Norm | 0.016 | missing | missing | incomplete |" in text and "409,600 tokens a run" in text
 
 
 def test_main_runs_that_differ_in_more_than_the_design_are_named(tmp_path):
@@ -464,7 +297,7 @@ def test_the_committed_experiment_config_is_the_80m_scale_s():
 # ---- registration ----
 
 def test_registration_is_written_once_and_changes_are_named(tmp_path, monkeypatch):
-    d = tmp_path / "mini"
+    d = tmp_path / "out/mini"
     report.preregister(d)
     first = (d / "preregistered.json").read_text()
     r = json.loads(first)
@@ -479,7 +312,7 @@ def test_registration_is_written_once_and_changes_are_named(tmp_path, monkeypatc
 
 
 def test_registration_after_the_fact_and_added_seeds_are_named(tmp_path):
-    d = make(tmp_path / "mini", seeds=(42, 137, 7))
+    d = make(tmp_path / "out/mini", seeds=(42, 137, 7))
     assert "Nothing was registered" in report.load(d)["registration"]
     report.preregister(d)
     state = report.load(d)["registration"]
