@@ -18,7 +18,7 @@ def fail(message):
 
 def find(path):
     """path as seen from the current folder, else from the project's: scripts work from any folder."""
-    path = Path(path)
+    path = Path(path).expanduser()
     return path if path.exists() or path.is_absolute() or not (ROOT / path).exists() else ROOT / path
 
 

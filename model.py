@@ -148,15 +148,17 @@ class GPT(nn.Module):
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
 
+    @torch.no_grad()
     def init_weights(self, generator):
-        """GPT-2's init: normal(0, 0.02), projections into the residual stream divided by sqrt(2 n_layer). Gains stay
-        at one and draw nothing, so all four arms of a seed start from the same matrices. generator: a CPU one, so
-        that every device starts from the same weights."""
+        """GPT-2's init: normal(0, 0.02), projections into the residual stream divided by sqrt(2 n_layer). Gains are one and draw
+        nothing, so all arms of a seed start from the same matrices. generator: a CPU one, so that every device starts from
+        the same weights."""
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
-                with torch.no_grad():
-                    p.copy_(torch.randn(p.shape, generator=generator) * std)
+                p.copy_(torch.randn(p.shape, generator=generator) * std)
+            else:
+                p.fill_(1.0)
         return self
 
     def hidden(self, idx):

@@ -63,6 +63,7 @@ class Muon(torch.optim.Optimizer):
                     wide = [g if g.shape[0] <= g.shape[1] else g.mT for g in grads]
                     update = orthogonalize_shared(wide)
                     torch._foreach_mul_(chunk, 1 - group["lr"] * group["weight_decay"])
+                    update = update.to(chunk[0].dtype)  # at once: a list of mixed dtypes is added one by one
                     torch._foreach_add_(chunk, [u if p.shape[0] <= p.shape[1] else u.mT for p, u in zip(chunk, update)],
                                         alpha=-group["lr"] * 0.2 * max(rows, cols) ** 0.5)
 
@@ -73,10 +74,10 @@ def orthogonalize_shared(matrices):
     if not dist.is_initialized():
         return orthogonalize(torch.stack(matrices))
     world, rank = dist.get_world_size(), dist.get_rank()
-    share = -(-len(matrices) // world)  # padded to equal shares, which all_gather_single needs
+    share = -(-len(matrices) // world)  # padded to equal shares, which all_gather_into_tensor needs
     mine = matrices[rank * share:(rank + 1) * share]
     mine = mine + [torch.zeros_like(matrices[0])] * (share - len(mine))
     mine = orthogonalize(torch.stack(mine))
     whole = mine.new_empty(world * share, *mine.shape[1:])
-    dist.all_gather_single(whole, mine)
+    dist.all_gather_into_tensor(whole, mine)
     return whole[:len(matrices)]

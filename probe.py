@@ -5,6 +5,8 @@ Definitions, with s the singular values of a matrix:
   PR2 = (sum s^2)^2 / sum s^4      the usual participation ratio of covariance eigenvalues s^2
 Both are 1 for rank one and r for r equal singular values; neither changes under scaling or rotation.
 """
+import math
+
 import torch
 
 
@@ -20,8 +22,12 @@ def pr2(s):
 
 def singular_values(gram):
     """Singular values (..., d), descending, float64, of matrices given by their Gram matrices X^T X (..., d, d) in
-    float64: exact to about 1e-8 of the largest one, and far cheaper than an SVD of thousands of rows."""
-    return torch.linalg.eigvalsh(gram.cpu()).clamp(min=0).sqrt().flip(-1)
+    float64: exact to about 1e-8 of the largest one, and far cheaper than an SVD of thousands of rows. nan where a matrix is
+    not finite."""
+    gram = gram.cpu()
+    finite = gram.isfinite().all(-1).all(-1)[..., None]
+    s = torch.linalg.eigvalsh(gram.where(finite[..., None], 0)).clamp(min=0).sqrt().flip(-1)
+    return s.where(finite, math.nan)
 
 
 def gram(x):

@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import shlex
 import shutil
 import signal
@@ -29,7 +30,7 @@ import torch
 
 import system
 from configurator import ROOT, fail, resolve
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, gpt_config
 
 
 def words(name, default, kind=str):
@@ -235,6 +236,40 @@ def default_lr(scale, arm):
         return pick["lr"], f"the winner of {len(pick['tried'])} in out/{scale}/chosen_lr.json"
     rates = grid(scale, arm)
     return rates[len(rates) // 2], f"the middle of the {arm} grid, since out/{scale}/chosen_lr.json has no winner yet"
+
+
+# keys that may change between two starts of a run: none of them moves a number by more than rounding
+FREE = {"out_dir", "data_dir", "device", "compile", "micro_batch", "ckpt_interval_s", "first_look"}
+
+
+def open_run(out_dir, config, meta, device):
+    """Take a run's folder for this process: lock it, and check settings and data against those that it began with; or, in a new
+    one, write config.json and a copy of the source. Returns the lock, to be held. ValueError or OSError where that fails."""
+    out_dir.mkdir(parents=True, exist_ok=True)
+    lock = system.lock(out_dir)
+    if old := read_json(out_dir / "config.json"):
+        known = defaults() | old
+        differ = [f"{k} {known[k]!r} -> {config[k]!r}" for k in config if k not in FREE and known[k] != config[k]]
+        if differ:
+            raise ValueError(f"{out_dir} was made with other settings ({', '.join(differ)}): give another --out_dir or delete it")
+        if changed := [k for k in ("train_sha256", "val_sha256") if old.get("data", {}).get(k) != meta[k]]:
+            raise ValueError(f"{config['data_dir']} changed since the run in {out_dir} began ({', '.join(changed)}): bring the old "
+                             f"data back, or give another --out_dir")
+        return lock
+    with torch.device("meta"):
+        num_params = GPT(gpt_config(config)).num_params()
+    (out_dir / "source").mkdir(exist_ok=True)
+    for path in [p for p in (*ROOT.glob("*.py"), *ROOT.glob("*.sh")) if not p.name.startswith("test_")]:
+        shutil.copy(path, out_dir / "source")
+    try:
+        commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True).stdout
+    except OSError:  # no git: the copy of the source says it all
+        commit = ""
+    system.write_text(out_dir / "source" / "versions.json", json.dumps(dict(
+        python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, commit=commit.strip() or "unknown",
+        device=system.device_name(device), threads=torch.get_num_threads(), platform=platform.platform())))
+    system.write_text(out_dir / "config.json", json.dumps(dict(config, data=meta, num_params=num_params), indent=1))
+    return lock
 
 
 def missing_spectra(run_dir, n_layer):

@@ -1,24 +1,74 @@
 """What depends on the machine: files written whole, locks, compilers, device peaks and memory."""
+import contextlib
 import ctypes
+import errno
 import fcntl
+import json
 import os
-import re
+import resource
 import socket
+import sys
 from pathlib import Path
 
 import torch
 
-# dense bfloat16 peaks with float32 accumulation, FLOP/s, from the vendors' data sheets (no sparsity)
+from configurator import fail
+
+# dense bfloat16 peaks with float32 accumulation, FLOP/s, from the vendors' data sheets (no sparsity). By torch's exact names: a
+# MIG slice, a laptop's card or another board of a family has another peak, and unknown is better than wrong.
 PEAK_BF16 = {
-    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "A10G": 70e12, "L40S": 362e12,
-    "L4": 121e12, "RTX 5090": 209.5e12, "RTX 4090": 165.2e12, "RTX 3090": 71e12,
+    "NVIDIA B200": 2250e12, "NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100 PCIe": 756e12, "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12, "NVIDIA A100-PCIE-40GB": 312e12, "NVIDIA L40S": 362e12, "NVIDIA A10G": 70e12,
+    "NVIDIA L4": 121e12, "NVIDIA GeForce RTX 5090": 209.5e12, "NVIDIA GeForce RTX 4090": 165.2e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
 }
 
 
-def peak_flops(device):
-    """bfloat16 peak of a device in FLOP/s by its name, or None where the name is not in the table."""
-    name = device_name(device)
-    return next((peak for key, peak in PEAK_BF16.items() if re.search(rf"\b{re.escape(key)}\b", name)), None)
+# ---- devices
+def resolve_device(name, local_rank=0):
+    """torch.device of a name: auto (CUDA where it is there, else cpu), cpu, cuda or cuda:N. A CUDA device has its index, that of
+    torchrun's local_rank where the name has none. ROCm's devices are torch's 'cuda'. ValueError for what is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = str(name).partition(":")
+    if kind not in ("cpu", "cuda") or index and not index.isdecimal():
+        raise ValueError(f"device {name!r} is not supported: choose auto, cpu, cuda or cuda:N")
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = int(index or local_rank)
+    if kind == "cuda" and index >= there:
+        raise ValueError(f"device cuda:{index} is not there: torch {torch.__version__} sees {there} CUDA devices{why_cpu()}")
+    return torch.device(kind, index) if kind == "cuda" else torch.device("cpu")
+
+
+def start_device(name, local_rank=0, deterministic=False):
+    """resolve_device(), made ready for a run. deterministic has to come before CUDA and the compiler start."""
+    if deterministic:
+        os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHINDUCTOR_DETERMINISTIC": "1"}
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # it only finds reads of what was never written
+    device = resolve_device(name, local_rank)
+    # training multiplies in bfloat16; what is left in float32 is the probes, and those have to be exact. This call sets the
+    # older and the newer switch: with one of them alone, TORCH_ALLOW_TF32_CUBLAS_OVERRIDE makes later queries an error
+    torch.set_float32_matmul_precision("highest")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
+    return device
+
+
+def why_cpu():
+    """Why torch has no CUDA device, as the end of a sentence; "" where it has one."""
+    if torch.cuda.is_available():
+        return ""
+    built = torch.version.cuda or torch.version.hip
+    return f" (built for {built}, but no usable GPU or driver)" if built else f" (torch {torch.__version__} is a CPU build)"
+
+
+def cores():
+    """CPU cores that this process may use: taskset, cgroups' cpusets and SLURM say less than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def device_name(device):
@@ -29,6 +79,11 @@ def device_name(device):
     return f"CPU {models[0]}" if models else "CPU"
 
 
+def peak_flops(device):
+    """bfloat16 peak of a device in FLOP/s, or None where it is not in the table."""
+    return PEAK_BF16.get(device_name(device))
+
+
 def has_bfloat16(device):
     """Whether a device multiplies bfloat16 matrices in hardware. A CPU without it trains 13 to 20 x slower in bfloat16 than in
     float32. CPUs that are not x86 count as without: none was measured."""
@@ -36,20 +91,6 @@ def has_bfloat16(device):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
     return capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
-
-
-def can_compile(device):
-    """Whether torch.compile has what it generates code with: a C++ compiler on a CPU, Triton on a GPU."""
-    if torch.device(device).type == "cuda":
-        from torch.utils._triton import has_triton
-        return has_triton()
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-    try:
-        get_cpp_compiler()
-        return True
-    except InvalidCxxCompiler:
-        return False
 
 
 KEPT_BLOCK = 2**25  # bytes: the most that glibc's malloc can be told to keep
@@ -64,29 +105,71 @@ def keep_freed_memory():
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def training_bytes(c, micro_batch):
-    """Peak memory in bytes of one training step of a GPTConfig at micro_batch sequences, from above: 16 a parameter (weight,
-    gradient, two moments, float32), the activations that backward needs, and the logits. Compiled it is less: measured at
-    80m on a CPU, 0.34 MB a token more from one sequence to two, where this says 0.95."""
+def training_bytes(c, micro_batch, dtype="bfloat16", compiled=True):
+    """Peak memory in bytes of one training step of a GPTConfig at micro_batch sequences, from above: 18 a parameter (weight,
+    gradient, two moments, float32; a bfloat16 copy), what each layer keeps for the backward pass, and the logits."""
     params = c.vocab_size * c.n_embd + c.n_layer * (4 * c.n_embd ** 2 + 3 * c.n_embd * c.ffn_dim)
-    tokens = micro_batch * c.block_size
-    # a layer keeps two float32 residuals and, in bfloat16, two normed inputs, q k v twice, attention output, four of ffn_dim
-    activations = tokens * c.n_layer * (2 * 4 * c.n_embd + 2 * 9 * c.n_embd + 2 * 4 * c.ffn_dim)
-    logits = tokens * c.vocab_size * (4 + 4 + 2)
-    return 16 * params + activations + logits
+    tokens, w = micro_batch * c.block_size, getattr(torch, dtype).itemsize
+    # two residuals in float32; two normed inputs, q, k, v and attention's output; gate, up and their product
+    layer = 2 * 4 * c.n_embd + 6 * w * c.n_embd + 3 * w * c.ffn_dim + 2 * w * c.n_embd * c.qk_norm + 16 * c.n_head
+    logits = 2 * w * c.vocab_size  # they and their gradient
+    if not compiled:  # norms in float32, silu's output, casts; logits and their softmax in float32
+        layer += 2 * 4 * c.n_embd + 3 * w * c.n_embd + w * c.ffn_dim + (8 + 2 * w) * c.n_embd * c.qk_norm
+        logits += 3 * 4 * c.vocab_size
+    return 18 * params + tokens * (c.n_layer * layer + logits)
 
 
-def fitting_micro_batch(c, local, device, dtype):
-    """The largest divisor of `local` sequences that fits in 80 % of the device's free memory; on a CPU the largest whose logits
-    stay in a block that malloc keeps: in float32 1.0 to 1.07 x tokens/s at mini against 2,048 tokens, 1.1 x at 4m against 8,192,
-    with a third of the memory. c: a GPTConfig; dtype: train.py's."""
+def fitting_micro_batch(c, local, device, dtype, compiled=True):
+    """The largest divisor of `local` sequences that fits in 80 % of the device's memory, which GPU_JOBS processes share (not of
+    what is free: jobs that start together all see an empty card, and a run goes on with what it began with). On a CPU the
+    largest whose logits stay in a block that malloc keeps. c: a GPTConfig; dtype: train.py's."""
+    divisors = [m for m in range(1, local + 1) if local % m == 0]
     if torch.device(device).type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        fits = [m for m in range(1, local + 1) if local % m == 0 and training_bytes(c, m) < 0.8 * free]
-    else:
-        logits = c.block_size * c.vocab_size * getattr(torch, dtype).itemsize
-        fits = [m for m in range(1, local + 1) if local % m == 0 and m * logits < KEPT_BLOCK]
-    return max(fits, default=1)
+        share = 0.8 * torch.cuda.get_device_properties(device).total_memory / int(os.environ.get("GPU_JOBS", 1))
+        return max((m for m in divisors if training_bytes(c, m, dtype, compiled) < share), default=1)
+    logits = c.block_size * c.vocab_size * getattr(torch, dtype).itemsize
+    return max((m for m in divisors if m * logits < KEPT_BLOCK), default=1)
+
+
+def peak_memory(device):
+    """Bytes that this process has held at most: on a GPU torch's tensors, on a CPU all of it."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # macOS: bytes
+
+
+# ---- files
+@contextlib.contextmanager
+def errors_in_one_line(what, advice):
+    """End the script in one line where the block runs into an operating system's error or out of memory."""
+    try:
+        yield
+    except OSError as e:
+        fail(f"{what}: {e.strerror or e}: {advice}")
+    except torch.OutOfMemoryError as e:
+        fail(f"out of memory ({str(e).splitlines()[0][:120]}): give a smaller --micro_batch")
+
+
+def append_row(path, row):
+    """Append a dict to a .jsonl file, on disk before anything goes on. ValueError for NaN or infinity, which JSON does not know."""
+    line = json.dumps(row, allow_nan=False) + "\n"
+    with open(path, "a", encoding="utf-8") as f:
+        f.write(line)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def newest_checkpoint(folder, say):
+    """(content, path) of the whole ckpt_*.pt of the highest step in a run's folder, ({}, None) where there is none. Damaged ones
+    are passed over, and say() is told."""
+    found = []
+    for path in [*folder.glob("ckpt_step_*.pt"), *folder.glob("ckpt_rolling.pt")]:
+        try:  # mapped, so that only the file's index is read
+            found.append((torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"], path))
+        except Exception as e:  # a damaged file can fail anywhere inside the unpickler
+            say(f"warning: {path} is no whole checkpoint ({type(e).__name__}): taking the one before")
+    path = max(found, default=(0, None))[1]
+    return torch.load(path, map_location="cpu", weights_only=True) if path else {}, path
 
 
 def write_whole(path, write, mode="wb"):
@@ -118,6 +201,10 @@ def lock(folder):
         f.seek(0)
         raise ValueError(f"{folder} is in use by {f.read().strip() or 'another process'}: wait for it or give another "
                          f"--out_dir") from None
+    except OSError as e:
+        if e.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        print(f"warning: the file system of {folder} has no locks: take care that one process at a time works there")
     f.truncate(0)
     f.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     f.flush()

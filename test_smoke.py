@@ -516,7 +516,12 @@ def test_train_loss_is_the_mean_over_micro_batches(tmp_path, data):
     (["--block_size=8192", "--batch_tokens=8192", "--probe_tokens=8192", "--max_tokens=8192"], "holds 4000 tokens"),
     (["--probe_tokens=512"], "val_set.bin holds 333 tokens"), (["--vocab_size=100"], "vocabulary of 256"),
     (["--max_tokens=10"], "max_tokens 10 is less than one batch"), (["--n_head=3"], "n_embd 32 does not divide into 3 heads"),
-    (["--data_dir=nowhere"], "meta.json is missing"), (["--dtype=float8"], "dtype 'float8' is not supported")])
+    (["--data_dir=nowhere"], "meta.json is missing"), (["--dtype=float8"], "dtype 'float8' is not supported"),
+    (["--device=mps"], "device 'mps' is not supported"), (["--device=foo"], "device 'foo' is not supported"),
+    (["--device=cuda:7"], "device cuda:7 is not there"), (["--device=xpu:0"], "choose auto, cpu, cuda or cuda:N"),
+    (["--n_layer=0"], "n_layer 0 makes no sense"), (["--micro_batch=-1"], "micro_batch -1 makes no sense"), (["--seed=-1"], "seed -1"),
+    (["--learning_rate=-1"], "learning_rate -1.0"), (["--learning_rate=1e999"], "learning_rate inf"), (["--warmup_frac=1.5"], "at most 1"),
+    (["--ckpt_interval_s=-1"], "ckpt_interval_s -1.0"), (["--batch_tokens=0"], "batch_tokens 0"), (["--block_size=0"], "block_size 0")])
 def test_bad_settings(tmp_path, data, args, says):
     line = train(tmp_path / "r", data, *args, ok=False)
     assert says in line

@@ -27,7 +27,7 @@ def test_no_graph_break(qk_norm):
     assert explained.graph_count == 1 and explained.graph_break_count == 0, explained.break_reasons
 
 
-@pytest.mark.skipif(not system.can_compile("cpu"), reason="no C++ compiler")
+@pytest.mark.skipif(not shutil.which("g++"), reason="no C++ compiler")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_compiled_gradients_are_the_eager_ones(dtype):
     """To rounding, loss and every gradient: the compiler is trusted no more than anything else."""
@@ -72,26 +72,7 @@ def test_the_step_reads_nothing_from_the_device():
     assert not called & {"item", "cpu", "tolist", "numpy", "synchronize", "float", "int", "bool", "print", "say", "nonzero"}
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_step_does_not_synchronise_on_cuda():
-    model = tiny_model().cuda()
-    x = torch.zeros(2, 32, dtype=torch.long, device="cuda")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        model(x, x).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 # ---- devices
-@pytest.mark.parametrize("name, peak", [
-    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA L4", 121e12),
-    ("NVIDIA L40S", 362e12), ("NVIDIA GeForce RTX 4090", 165.2e12), ("NVIDIA GeForce RTX 4070", None), ("AMD Instinct MI300X", None)])
-def test_peak_is_looked_up_or_unknown(monkeypatch, name, peak):
-    monkeypatch.setattr(system, "device_name", lambda device: name)
-    assert system.peak_flops("cuda") == peak
-
-
 @pytest.mark.parametrize("capabilities, has", [
     (dict(architecture="x86_64", avx2=True, avx512_f=False, avx512_bf16=False, amx_bf16=False), False),
     (dict(architecture="x86_64", avx2=True, avx512_f=True, avx512_bf16=False, amx_bf16=False), False),  # emulated there
@@ -100,20 +81,6 @@ def test_peak_is_looked_up_or_unknown(monkeypatch, name, peak):
 def test_bfloat16_where_the_cpu_has_it(monkeypatch, capabilities, has):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert system.has_bfloat16("cpu") is has
-
-
-def test_micro_batch_fits():
-    c, small = GPTConfig(), GPTConfig(block_size=256, vocab_size=4096)
-    for local, dtype, m in ((32, "float32", 4), (32, "bfloat16", 8), (3, "float32", 3), (11, "float32", 1)):
-        assert system.fitting_micro_batch(small, local, "cpu", dtype) == m
-    assert system.fitting_micro_batch(c, 16, "cpu", "float32") == 1  # larger than what is kept: one at a time
-    free = torch.cuda.mem_get_info
-    try:
-        torch.cuda.mem_get_info = lambda device: (24 * 2**30, 24 * 2**30)
-        m = system.fitting_micro_batch(c, 16, "cuda", "bfloat16")
-        assert 16 % m == 0 and system.training_bytes(c, m) < 0.8 * 24 * 2**30 <= system.training_bytes(c, 2 * m)
-    finally:
-        torch.cuda.mem_get_info = free
 
 
 # ---- plans and lists

@@ -17,9 +17,9 @@ import torch
 
 import study
 import system
-from test_smoke import ENV, ROOT, TINY, data, train, write_data  # noqa: F401 (data is a fixture)
+from test_smoke import ENV, ROOT, TINY, data, runs, train, write_data  # noqa: F401 (data and runs are fixtures)
 
-LONG = ["--max_tokens=3840", "--log_interval=7", "--ckpt_interval_s=0"]  # 60 steps, a rolling checkpoint after each
+LONG = ["--max_tokens=3840", "--log_interval=7", "--ckpt_interval_s=1e-9"]  # 60 steps, a rolling checkpoint after each
 TIMES = ("tokens_per_s",)  # all that may differ between two runs
 
 
@@ -86,7 +86,7 @@ def test_killed_and_resumed_equals_left_alone(tmp_path, data, alone):  # noqa: F
 @pytest.mark.slow
 def test_twenty_kills(tmp_path, data):  # noqa: F811
     global LONG
-    keep, LONG = LONG, ["--max_tokens=25600", "--log_interval=7", "--ckpt_interval_s=0"]
+    keep, LONG = LONG, ["--max_tokens=25600", "--log_interval=7", "--ckpt_interval_s=1e-9"]
     try:
         train(tmp_path / "alone", data, *LONG)
         assert kill_loop(tmp_path / "r", data, 20, random.Random(1)) == 20
@@ -265,6 +265,8 @@ def test_half_a_last_line_and_a_deleted_spectrum(tmp_path, data, alone):  # noqa
 def test_checkpoint_of_another_shape(tmp_path, data):  # noqa: F811
     out = tmp_path / "r"
     stopped_run(out, data)
+    for path in out.glob("ckpt_step_*.pt"):
+        path.unlink()
     state = torch.load(out / "ckpt_rolling.pt", weights_only=True)
     state["model"]["wte.weight"] = torch.zeros(8, 8)
     torch.save(state, out / "ckpt_rolling.pt")
@@ -325,3 +327,139 @@ def test_resume_with_another_number_of_processes(tmp_path, data, alone):  # noqa
     a, b = study.load_run(alone), study.load_run(out)
     assert [r["step"] for r in a["rows"]] == [r["step"] for r in b["rows"]]
     assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-3)
+
+
+# ---- training that goes wrong
+def strict_log(out_dir):
+    """log.jsonl as JSON has it: no NaN, no Infinity."""
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+    return [json.loads(line, parse_constant=refuse) for line in (Path(out_dir) / "log.jsonl").read_text().splitlines()]
+
+
+def test_a_restart_without_a_checkpoint_restores_all_of_the_start(tmp_path, distinct):
+    """Norm gains too: step 0 is what it was, to the last digit, and carries nothing of the step that exploded."""
+    first = study.load_run(tmp_path / "alone")["rows"][0] if train(tmp_path / "alone", distinct, "--max_tokens=64") else None
+    done = run_poisoned(tmp_path / "r", distinct, [3])
+    assert done.returncode == 0, done.stderr
+    run = study.load_run(tmp_path / "r")
+    event, = [e for e in run["events"] if e["event"] == "restart"]
+    assert event["step"] == 3 and event["restart_step"] == 0 and run["status"] == "finished"
+    assert run["rows"][0] == first and first["train_loss"] is None and first["grad_norm"] is None
+
+
+@pytest.mark.parametrize("lr", ["1e6", "1e18", "1e20"])
+def test_weights_that_break_in_the_last_update_are_diverged(tmp_path, data, lr):  # noqa: F811
+    out = train(tmp_path / "r", data, f"--learning_rate={lr}", "--max_tokens=64", arm="adamw")
+    assert "diverged" in out and study.load_run(tmp_path / "r")["status"] == "diverged"
+    assert [row.get("event") for row in strict_log(tmp_path / "r")] == ["restart", None, "diverged"]
+
+
+def test_a_learning_rate_far_too_high_ends_as_diverged(tmp_path, data):  # noqa: F811
+    train(tmp_path / "r", data, "--learning_rate=300", arm="muon")
+    assert study.load_run(tmp_path / "r")["status"] == "diverged" and strict_log(tmp_path / "r")
+
+
+def test_a_probe_of_broken_weights_gives_nan_and_no_crash():
+    from probe import pr1, singular_values
+    gram = torch.eye(4, dtype=torch.float64).repeat(2, 1, 1)
+    gram[1, 0, 0] = math.inf
+    s = singular_values(gram)
+    assert pr1(s)[0] == 4 and pr1(s)[1].isnan()
+
+
+def test_the_highest_step_is_the_newest_checkpoint(tmp_path, data, alone):  # noqa: F811
+    """Whatever a copy or a touch did to the files' times."""
+    out = tmp_path / "r"
+    stopped_run(out, data)
+    for path in out.glob("ckpt_step_*.pt"):
+        os.utime(path, (time.time() + 100, time.time() + 100))
+    step = torch.load(out / "ckpt_rolling.pt", weights_only=True)["step"]
+    assert f"going on from step {step} of" in train(out, data, "--max_tokens=3840", "--log_interval=7")
+    assert_same_run(alone, out)
+
+
+def test_ranks_with_different_checkpoints_leave(tmp_path, data):  # noqa: F811
+    """Two machines whose folders differ: nothing runs, and one line says so."""
+    stopped_run(tmp_path / "r0", data)
+    (tmp_path / "r1").mkdir()
+    (tmp_path / "rank.py").write_text(f"import os, runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\nsys.argv = [{str(ROOT / 'train.py')!r}, "
+                                      f"*sys.argv[1:], '--out_dir={tmp_path}/r' + os.environ['RANK']]\n"
+                                      "runpy.run_path(sys.argv[0], run_name='__main__')\n")
+    before = (tmp_path / "r0/log.jsonl").read_bytes()
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "rank.py"),
+                           str(ROOT / "config/muon_qk.py"), *TINY, f"--data_dir={data}", "--max_tokens=3840", "--log_interval=7"],
+                          capture_output=True, text=True, env=ENV)
+    assert done.returncode and "error: the processes read different checkpoints" in done.stderr, done.stderr
+    assert (tmp_path / "r0/log.jsonl").read_bytes() == before
+
+
+# ---- surroundings
+def test_without_git(tmp_path, data):  # noqa: F811
+    env = dict(ENV, PATH=str(tmp_path))
+    done = start(tmp_path / "r", data, "--max_tokens=64", env=env)
+    assert done.wait() == 0, done.stderr.read()
+    assert json.loads((tmp_path / "r/source/versions.json").read_text())["commit"] == "unknown"
+
+
+def wrapped(tmp_path, code, *args, env=ENV):
+    """train.py after some lines of code."""
+    (tmp_path / "wrapper.py").write_text(f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}\n"
+                                         f"sys.argv = [{str(ROOT / 'train.py')!r}, *sys.argv[1:]]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n")
+    return subprocess.run([sys.executable, tmp_path / "wrapper.py", str(ROOT / "config/muon_qk.py"), *TINY, *args], capture_output=True,
+                          text=True, env=env)
+
+
+def test_a_file_system_without_locks(tmp_path, data):  # noqa: F811
+    done = wrapped(tmp_path, "import errno, fcntl\ndef flock(*args):\n    raise OSError(errno.ENOLCK, 'No locks available')\nfcntl.flock = flock",
+                   f"--data_dir={data}", f"--out_dir={tmp_path / 'r'}", "--max_tokens=64")
+    assert done.returncode == 0 and "has no locks" in done.stdout, done.stderr
+
+
+def test_a_compiler_that_does_not_work_means_eager(tmp_path, data):  # noqa: F811
+    env = dict(ENV, CXX="/bin/false", TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    child = start(tmp_path / "r", data, "--compile=1", "--max_tokens=64", env=env)
+    out, err = child.communicate()
+    line, = [line for line in out.splitlines() if "running eager" in line]
+    assert child.returncode == 0 and "torch.compile does not work here" in line and "Traceback" not in err
+
+
+def test_rank_left_in_the_environment(tmp_path, data):  # noqa: F811
+    child = start(tmp_path / "r", data, "--max_tokens=64", env=dict(ENV, RANK="3", WORLD_SIZE="8", MASTER_ADDR="nowhere"))
+    assert child.wait(60) == 0, child.stderr.read()
+
+
+def test_home_in_a_path(tmp_path, data):  # noqa: F811
+    (tmp_path / "d").symlink_to(data)
+    child = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "config/muon.py", *TINY, "--data_dir=~/d", "--out_dir=~/r", "--max_tokens=64"],
+                             env=dict(ENV, HOME=str(tmp_path)), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.wait() == 0, child.stderr.read()
+    assert (tmp_path / "r/log.jsonl").exists() and not (tmp_path / "~").exists()
+
+
+def test_hangup_saves(tmp_path, data):  # noqa: F811
+    child = start(tmp_path / "r", data, "--max_tokens=38400", "--log_interval=7")
+    wait_for_log(tmp_path / "r", 1, child)
+    child.send_signal(signal.SIGHUP)
+    out, err = child.communicate()
+    assert child.returncode == 129 and "stopped by SIGHUP" in out and (tmp_path / "r/ckpt_rolling.pt").exists(), err
+
+
+def test_a_folder_from_before_a_key_existed(tmp_path, data, runs):  # noqa: F811
+    """An update of the scripts orphans no run: a missing key stands for its default, and a changed value is still refused."""
+    import shutil
+    out = tmp_path / "muon_qk-seed42"
+    shutil.copytree(runs / "muon_qk-seed42", out)
+    config = json.loads((out / "config.json").read_text())
+    for key in ("qk_gain", "beta2", "deterministic"):
+        del config[key]
+    (out / "config.json").write_text(json.dumps(config))
+    assert "nothing to do" in train(out, data)
+    assert "beta2 0.95 -> 0.9" in train(out, data, "--beta2=0.9", ok=False)
+
+
+def test_an_interval_of_zero_is_off(tmp_path, data):  # noqa: F811
+    train(tmp_path / "r", data, "--log_interval=0", "--sv_interval=0", "--ckpt_interval_s=0", "--n_ckpt=2", "--first_look=0")
+    run = study.load_run(tmp_path / "r")
+    assert [row["step"] for row in run["rows"]] == [10, 20]
+    assert sorted(p.name for p in (tmp_path / "r").glob("sv_layer_0*")) == ["sv_layer_0_step_10.npy", "sv_layer_0_step_20.npy"]
