@@ -40,7 +40,7 @@ def join(items, by=", "):
 
 def count(n):
     """1228800 -> '1.23M'; below a million with thousands separators."""
-    return f"{n / 1e6:.3g}M" if n >= 1e6 else f"{n:,}"
+    return f"{n / 1e9:.3g}B" if n >= 1e9 else f"{n / 1e6:.3g}M" if n >= 1e6 else f"{n:,}"
 
 
 def plural(n, word):
