@@ -310,38 +310,32 @@ def scale_config(scale):
 CSS = """
 :root { --ink: #1b1f24; --soft: #57606a; --line: #d8dee4; --tint: #f6f8fa; --mark: #9a6700; color-scheme: light }
 * { box-sizing: border-box }
-body { margin: 0 auto; max-width: 50rem; padding: 2rem 1.25rem 4rem; color: var(--ink); background: #fff;
-       font: 1.0625rem/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
+body { margin: 0 auto; max-width: 57rem; padding: 2rem 1.25rem 4rem; color: var(--ink); background: #fff;
+  font: 1.0625rem/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
   overflow-wrap: break-word }
 h1 { font-size: 1.9rem; line-height: 1.25; margin: 0 0 1.25rem; text-wrap: balance }
-h2 { font-size: 1.4rem; margin: 2.75rem 0 .75rem; padding-top: .75rem; border-top: 1px solid var(--line);
-  break-after: avoid }
-h3 { font-size: 1.1rem; margin: 1.75rem 0 .5rem; break-after: avoid }
+h2, h3 { font-size: 1.1rem; margin: 1.75rem 0 .5rem; break-after: avoid }
+h2 { font-size: 1.4rem; margin: 2.75rem 0 .75rem; padding-top: .75rem; border-top: 1px solid var(--line) }
 img { display: block; max-width: 100%; height: auto; margin: 1rem auto }
 p:has(> img) { margin: 0; break-after: avoid }
 p:has(> em:only-child) { font-size: .875rem; line-height: 1.45; color: var(--soft) }
 .scroll { overflow-x: auto; margin: 1rem 0 .25rem }
-table { border-collapse: collapse; font-size: .875rem; line-height: 1.4; font-variant-numeric: tabular-nums;
-  min-width: 100% }
-th, td { padding: .4rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top }
-th { border-bottom: 2px solid var(--ink); vertical-align: bottom }
-th { text-align: left }
+table { border-collapse: collapse; font-size: .8125rem; line-height: 1.4; font-variant-numeric: tabular-nums; min-width: 100% }
+th, td { padding: .4rem .5rem; border-bottom: 1px solid var(--line); vertical-align: top }
+th { border-bottom: 2px solid var(--ink); vertical-align: bottom; text-align: left }
 td[style*=right] { white-space: nowrap }
 td:first-child { min-width: 8.5rem }
-tr { break-inside: avoid }
-blockquote { margin: 1rem 0; padding: .5rem 1rem; border-left: 4px solid var(--mark); background: #fff8e5;
-  break-inside: avoid }
+tr, blockquote { break-inside: avoid }
+blockquote { margin: 1rem 0; padding: .5rem 1rem; border-left: 4px solid var(--mark); background: #fff8e5 }
 pre { padding: .75rem 1rem; background: var(--tint); border-radius: 6px; font-size: .8125rem; line-height: 1.5;
   white-space: pre-wrap }
-code { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; font-size: .9em;
-  background: var(--tint); padding: .1em .25em; border-radius: 3px }
+code { font-family: ui-monospace, Menlo, Consolas, monospace; font-size: .9em; background: var(--tint); padding: .1em .25em }
 pre code { padding: 0; font-size: inherit }
 @media (max-width: 30rem) { body { padding: 1.25rem 1rem 3rem; font-size: 1rem } h1 { font-size: 1.5rem }
-  h2 { font-size: 1.25rem } }
+  h2 { font-size: 1.25rem } td { min-width: 4.5rem } td:last-child { min-width: 7rem } }
 @media print { body { max-width: none; padding: 0; font-size: 10pt } .scroll { overflow: visible }
-  table { font-size: 7.5pt }
-  th, td { padding: .2rem .35rem } td { white-space: normal !important; min-width: 0 !important }
-  h2 { margin-top: 1.5rem } img { max-height: 11cm } @page { margin: 1.8cm } }
+  table { font-size: 6.5pt } p:has(> em:only-child) { font-size: 8pt } th, td { padding: .15rem .25rem } td:first-child { min-width: 0 }
+  h2 { margin-top: 1.5rem } img { max-height: 11cm } @page { margin: 1.6cm } }
 """
 
 
