@@ -1,4 +1,5 @@
-"""The plan's step 12 on an edited post: every line passes, fails with the place, or is a person's to judge."""
+"""The plan's step 12 on an edited post: every line passes, fails with the place, or is a person's to
+judge."""
 import re
 
 import numpy as np
@@ -13,8 +14,8 @@ NUMBER = re.compile(r"(?<![\w.,/:=#])[+\-−]?(\d[\d,]*(?:\.\d+)?|\.\d+)(e[+\-]?
 
 
 def numbers(text):
-    """[(line number, as written, value, half a unit of its last digit, 'M', '%', ...)] of a Markdown text; headings'
-    own numbers, code, links, names such as GPT-2 and enumeration are no claims."""
+    """[(line number, as written, value, half a unit of its last digit, 'M', '%', ...)] of a Markdown text;
+    headings' own numbers, code, links, names such as GPT-2 and enumeration are no claims."""
     found, fenced = [], False
     for n, line in enumerate(text.split("\n"), 1):
         fenced ^= line.startswith("```")
@@ -47,8 +48,8 @@ def near(pool, value, half):
 
 
 def unsupported(text, S):
-    """[(line, number as written)] that no result, log or table holds at the digits written. A number that is only in
-    the middle of a log has to carry four digits: with fewer some row fits any number."""
+    """[(line, number as written)] that no result, log or table holds at the digits written. A number that is
+    only in the middle of a log has to carry four digits: with fewer some row fits any number."""
     runs = S["runs"] + S["sweep"] + S["neighbours"]
     kept = [r["rows"][-1] for r in runs if r["rows"]]
     kept += [row for pairs in post.checkpoints(S["runs"]).values() for _, row in pairs]
@@ -64,7 +65,8 @@ def unsupported(text, S):
 
 
 def section(text, name):
-    """The text under the first heading that has name in it, up to the next of its level; '' where there is none."""
+    """The text under the first heading that has name in it, up to the next of its level; '' where there is
+    none."""
     m = re.search(rf"^(#+) [^\n]*{name}[^\n]*\n(.*?)(?=^#{{1,2}} |\Z)", text, re.M | re.S | re.I)
     return m[2] if m else ""
 
@@ -98,11 +100,13 @@ def check(path, S):
     say("LR was tuned independently per config", tuned)
     shown = re.search(r"!\[[^\]]*\]\((figures/1_val_loss\.\w+)\)", text)
     say("Loss curves are shown", ["no image of figures/1_val_loss in the post"] if not shown else
-        [] if (path.parent / shown[1]).exists() else [f"{shown[1]} is not there: run `python plot.py {path.parent}`"])
+        [] if (path.parent / shown[1]).exists() else [f"{shown[1]} is not there: run `python plot.py "
+                                                      f"{path.parent}`"])
     limits = section(text, "limitations")
     facts = {"parameters": rf"{re.escape(post.count(c['num_params']))}",
              "tokens": re.escape(post.count(c["max_tokens"])), "seeds": rf"\b{n} seed",
-             "one architecture": "architecture", "larger scale": "scale", "QK-Norm in production (Gemma 3)": "Gemma 3"}
+             "one architecture": "architecture", "larger scale": "scale", "QK-Norm in production (Gemma "
+                                                                          "3)": "Gemma 3"}
     say("Limitations are there", ["no section named Limitations"] if not limits else
         [f"limitations do not name: {name}" for name, pattern in facts.items()
          if not re.search(pattern, limits, re.I)] +
@@ -121,7 +125,8 @@ def check(path, S):
         judge = f"the title was edited; the verdict's own is {S['title']!r}"
     said = re.search(r"^\*\*Verdict: (.+?)\*\*", text, re.M)
     if not said or said[1] != S["verdict"][0]:
-        bad.append(f"the post's verdict line is {said[1] if said else 'missing'}, the runs give {S['verdict'][0]}")
+        bad.append(f"the post's verdict line is {said[1] if said else 'missing'}, the runs give "
+                   f"{S['verdict'][0]}")
     say("Title matches what was found", bad, judge)
     todo = [f"line {k}" for k, line in enumerate(text.split("\n"), 1) if line.startswith(post.TODO)]
     say("Marked places are written", [], f"still to be written: {', '.join(todo)}" if todo else None)
@@ -131,5 +136,6 @@ def check(path, S):
         for note in notes:
             print(f"       {note}")
     failed = sum(state == "FAIL" for state, _, _ in lines)
-    print(f"{failed} of {len(lines)} lines fail, {sum(s == 'PERSON' for s, _, _ in lines)} are a person's to judge")
+    print(f"{failed} of {len(lines)} lines fail, {sum(s == 'PERSON' for s, _, _ in lines)} are a person's to "
+          "judge")
     return 1 if failed else 0

@@ -1,9 +1,9 @@
 """The post: the nine sections of the plan's step 11, filled from a study that report.load() read.
 
-build() is the post as it reads, from title to appendix; above it are its tables, each from the arrays it shows, and the
-sentences that depend on the results. Sentences state what was set or measured; what needs a person's judgement is a
-marked place with the numbers for it. Contrasts, headline and verdict are those of the 2x2; tables hold every arm.
-"""
+build() is the post as it reads, from title to appendix; above it are its tables, each from the arrays it
+shows, and the sentences that depend on the results. Sentences state what was set or measured; what needs a
+person's judgement is a marked place with the numbers for it. Contrasts, headline and verdict are those of the
+2x2; tables hold every arm. """
 import itertools
 import re
 
@@ -26,9 +26,10 @@ WHY = {"adamw": "the baseline", "adamw_qk": "what QK-Norm changes under AdamW",
 OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 NAMES = {"optimizer": "Muon minus AdamW", "qk_norm": "QK-Norm: with minus without",
          "interaction": "Interaction: QK-Norm's effect under Muon minus under AdamW"}
-MEASURES = {"loss": ("val loss", "nats a token", 4), "pr": ("mean PR", "of {}", 2)}  # name, unit (of the head dim), digits
-ONE_FACTOR = [("adamw", "adamw_qk"), ("muon", "muon_qk"), ("adamw", "muon"), ("adamw_qk", "muon_qk")]
-HOLDS, DEPENDS, NOT_RUN = "holds at neighbouring rates", "depends on the rate", "not run at neighbouring rates"
+# name, unit (PR: of the head dim), digits
+MEASURES = {"loss": ("val loss", "nats a token", 4), "pr": ("mean PR", "of {}", 2)}
+HOLDS, DEPENDS = "holds at neighbouring rates", "depends on the rate"
+NOT_RUN = "not run at neighbouring rates"
 PLAN = dict(num_params=79_124_992, max_tokens=300_000_000)  # the plan's scale
 MAIN_LOGS = "last rows of `*-seed*/log.jsonl`"
 
@@ -58,14 +59,15 @@ def bullets(lines, mark="- "):
 def table(head, rows, source):
     """A Markdown table; columns of numbers are right-aligned."""
     number = re.compile(r"[+\-±]? ?\d|missing|not available|diverged|$")
-    sides = ["---:" if rows and all(number.match(str(r[i])) for r in rows) else "---" for i in range(len(head))]
+    right = lambda i: rows and all(number.match(str(r[i])) for r in rows)
+    sides = ["---:" if right(i) else "---" for i in range(len(head))]
     line = lambda cells: "| " + join((str(c).replace("|", "\\|") for c in cells), " | ") + " |"
     return join([line(head), line(sides), *map(line, rows), "", f"*Source: {source}.*"], "\n")
 
 
 def spread(values, digits):
-    """Mean and spread over seeds of the values that are there: half the difference of two, the standard deviation of
-    more."""
+    """Mean and spread over seeds of the values that are there: half the difference of two, the standard
+    deviation of more."""
     v = np.array([x for x in values if not np.isnan(x)])
     if not len(v):
         return "missing"
@@ -76,7 +78,8 @@ def spread(values, digits):
 
 
 def spread_words(n):
-    return {1: "one seed", 2: "± half the difference of the two seeds"}.get(n, f"± standard deviation over {n} seeds")
+    return {1: "one seed", 2: "± half the difference of the two seeds"}.get(n, f"± standard deviation over "
+                                                                               f"{n} seeds")
 
 
 def over_seeds(y, name, arm):
@@ -84,8 +87,8 @@ def over_seeds(y, name, arm):
 
 
 def last(run, name):
-    """Final value of a run: 'loss' (inf where diverged), 'logit' (the largest over layers and all rows) or the mean
-    over layers of what layer_values() takes; nan where the run has none."""
+    """Final value of a run: 'loss' (inf where diverged), 'logit' (the largest over layers and all rows) or
+    the mean over layers of what layer_values() takes; nan where the run has none."""
     rows = run["rows"]
     if name == "loss":
         return np.nan if run["val_loss"] is None else run["val_loss"]
@@ -99,7 +102,9 @@ def figure(folder, number, caption):
     name = FIGURES[number - 1]
     if (folder / f"figures/{name}.png").exists():
         return f"![Figure {number}: {caption}](figures/{name}.png)\n\n*Figure {number}. {caption}.*"
-    return f"*Figure {number} is missing: run `python plot.py {folder}`.*" if number < 7 else ""  # not every study has it
+    if number == 7:  # not every study has what it shows
+        return ""
+    return f"*Figure {number} is missing: run `python plot.py {folder}`.*"
 
 
 def effect(e, m, sign="+"):
@@ -109,9 +114,10 @@ def effect(e, m, sign="+"):
 
 # ---- what may be claimed
 def rate_states(near, e):
-    """{(measure, name): (state, lowest, highest)} of the contrasts and the 'best' of analysis e: state is HOLDS, DEPENDS
-    or NOT_RUN, the numbers the range of a contrast when each arm is given any of its three rates, None where that
-    was not run or not finite. near: {arm: {measure: values at half, once and twice the chosen rate}}."""
+    """{(measure, name): (state, lowest, highest)} of the contrasts and the 'best' of analysis e: state is
+    HOLDS, DEPENDS or NOT_RUN, the numbers the range of a contrast when each arm is given any of its three
+    rates, None where that was not run or not finite. near: {arm: {measure: values at half, once and twice the
+    chosen rate}}."""
     out = {}
     for (m, name), entry in e.items():
         if name != "tie" and not set(FACTORIAL) <= near.keys():
@@ -119,7 +125,8 @@ def rate_states(near, e):
         elif name != "tie":
             values, arm = {a: near[a][m] for a in FACTORIAL}, entry.get("arm")
             sign = np.sign(entry["effect"]) if name in CONTRASTS else -1 if m == "loss" else 1
-            each = [CONTRASTS[name]] if name in CONTRASTS else [{arm: 1, b: -1} for b in FACTORIAL if b != arm]
+            others = [b for b in FACTORIAL if b != arm]
+            each = [CONTRASTS[name]] if name in CONTRASTS else [{arm: 1, b: -1} for b in others]
             ranges = [stats.rate_range(values, w) for w in each]
             holds = all(min(sign * low, sign * high) > 0 for low, high in ranges)
             shown = len(each) == 1 and np.isfinite(ranges).all()
@@ -128,12 +135,14 @@ def rate_states(near, e):
 
 
 def stands(S, m, name):
-    """Whether a headline may be made of a contrast: resolved, under every definition, at neighbouring rates where run."""
+    """Whether a headline may be made of a contrast: resolved, under every definition, at neighbouring rates
+    where run."""
     return S["verdict"][2][m, name]["holds"] and S["rates"][m, name][0] != DEPENDS
 
 
 def claim(name, m, analysis, top, numbers=True):
-    """A resolved contrast as a clause. A main effect beside a resolved interaction is an average, and is called one."""
+    """A resolved contrast as a clause. A main effect beside a resolved interaction is an average, and is
+    called one."""
     e, (what, unit, _) = analysis[m, name], MEASURES[m]
     by = f" by {effect({**e, 'effect': abs(e['effect'])}, m, '')} {unit.format(top)}" if numbers else ""
     if name == "interaction":
@@ -145,8 +154,8 @@ def claim(name, m, analysis, top, numbers=True):
 
 
 def crossed(analysis, m, name):
-    """Whether a resolved interaction is so large that the main effect has one sign in one half of the design and the
-    other in the other: then the main effect describes neither, and no headline may be made of it."""
+    """Whether a resolved interaction is so large that the main effect has one sign in one half of the design
+    and the other in the other: then the main effect describes neither, and no headline may be made of it."""
     inter = analysis[m, "interaction"]
     return inter["claimed"] and abs(inter["effect"]) / 2 > abs(analysis[m, name]["effect"])
 
@@ -154,9 +163,10 @@ def crossed(analysis, m, name):
 def rate_bound(S):
     """Whether something that the scenario rests on depends on the learning rate."""
     outcome, _, e = S["verdict"]
-    rests = {"A": [("loss", "best"), ("pr", "best")], "B": [("pr", "best")], "C": [("loss", "best")]}.get(outcome, [])
-    against = [("pr", c) for c, sign in (("optimizer", 1), ("qk_norm", -1)) if e and e["pr", c]["effect"] * sign > 0]
-    return any(not stands(S, *h) for h in rests) or outcome == "C" and not any(stands(S, *h) for h in against)
+    first = {"A": ["loss", "pr"], "B": ["pr"], "C": ["loss"]}.get(outcome, [])
+    against = [c for c, sign in (("optimizer", 1), ("qk_norm", -1)) if e and e["pr", c]["effect"] * sign > 0]
+    return (any(not stands(S, m, "best") for m in first)
+            or outcome == "C" and not any(stands(S, "pr", c) for c in against))
 
 
 def title(S):
@@ -174,18 +184,22 @@ def title(S):
     if rate_bound(S):
         return f"Scenario {outcome} at the chosen learning rates, but not at half and twice these, {size}"
     if outcome == "A":  # the plan's wording speaks of logits, so they have to bear it out
-        return (f"Muon provides implicit attention logit control, making QK-Norm unnecessary and harmful {size}"
+        return (f"Muon provides implicit attention logit control, making QK-Norm unnecessary and harmful "
+                f"{size}"
                 if stats.logit_control(S["y"]["logit"]) else
-                f"Muon without QK-Norm has the lowest loss and the highest participation ratio of keys {size}")
+                f"Muon without QK-Norm has the lowest loss and the highest participation ratio of keys "
+                f"{size}")
     if outcome == "B":
         collapse = (stands(S, "pr", "qk_norm") and e["pr", "qk_norm"]["effect"] < 0
                     and means["muon_qk"] <= stats.COLLAPSE * means["muon"])
-        return (f"QK-Norm causes measurable dimensional collapse, but the impact on performance is limited {size}"
+        return (f"QK-Norm causes measurable dimensional collapse, but the impact on performance is limited "
+                f"{size}"
                 if collapse and abs(e["loss", "qk_norm"]["effect"]) < stats.LOSS_MARGIN else
-                f"Muon without QK-Norm has the highest participation ratio of keys, without a lead on loss, {size}")
-    if outcome == "C":
-        return ("High-dimensional keys may be unnecessary: AdamW + QK-Norm has the lowest loss despite collapsed PR "
+                f"Muon without QK-Norm has the highest participation ratio of keys, without a lead on loss, "
                 f"{size}")
+    if outcome == "C":
+        return ("High-dimensional keys may be unnecessary: AdamW + QK-Norm has the lowest loss despite "
+                f"collapsed PR {size}")
     main = [(m, c) for m in MEASURES for c in ("optimizer", "qk_norm")]
     told = [(m, "interaction" if crossed(e, m, c) else c) for m, c in main]
     claims = [claim(c, m, e, None, False) for m, c in dict.fromkeys(told) if stands(S, m, c)]
@@ -204,19 +218,25 @@ def tldr(S):
         said.append(f"After {count(S['config']['max_tokens'])} training tokens " +
                     (f"{LABELS[low]} has {first}, and the highest" if low == high else
                      f"{LABELS[low]} has {first}, and {LABELS[high]} the highest") +
-                    f" mean participation ratio of keys, {pr[high]:.2f} of {top}{', of the four arms' + of if of else ''}.")
+                    f" mean participation ratio of keys, {pr[high]:.2f} of "
+                    f"{top}{', of the four arms' + of if of else ''}.")
     if e:
         six = [(m, c) for m in MEASURES for c in CONTRASTS]
-        named = lambda chosen: join(f"{c.replace('qk_norm', 'QK-Norm')} on {MEASURES[m][0]}" for m, c in chosen)
+        short = {"qk_norm": "QK-Norm"}
+        named = lambda chosen: join(f"{short.get(c, c)} on {MEASURES[m][0]}" for m, c in chosen)
         parts = {"resolved": join(claim(c, m, e, top) for m, c in six if stands(S, m, c)),
-                 "dependent on the learning rate": named(h for h in six if e[h]["holds"] and not stands(S, *h)),
-                 "dependent on the definition": named(h for h in six if e[h]["claimed"] and not e[h]["holds"]),
+                 "dependent on the learning rate":
+                     named(h for h in six if e[h]["holds"] and not stands(S, *h)),
+                 "dependent on the definition":
+                     named(h for h in six if e[h]["claimed"] and not e[h]["holds"]),
                  "undecided": named(h for h in six if not e[h]["claimed"])}
         not_run = S["rates"]["loss", "optimizer"][0] == NOT_RUN
         said.append("Of the six contrasts" + ", at the chosen learning rates alone" * not_run + ", " +
                     join((f"{word}: {what}" for word, what in parts.items() if what), "; ") + ".")
-    words = {"none": "None of the four scenarios of the plan holds", "no verdict": f"No verdict: {conditions[0][3]}"}
-    plan = f"This is scenario {outcome} of the plan" + ", at the chosen learning rates but not beside them" * rate_bound(S)
+    words = {"none": "None of the four scenarios of the plan holds", "no verdict": f"No verdict: "
+                                                                                   f"{conditions[0][3]}"}
+    plan = f"This is scenario {outcome} of the plan"
+    plan += ", at the chosen learning rates but not beside them" * rate_bound(S)
     return join([*said, words.get(outcome, plan) + "."], " ")
 
 
@@ -227,9 +247,11 @@ def scale_note(c):
     plan = f"{count(PLAN['num_params'])} parameters and {count(PLAN['max_tokens'])} tokens"
     small = [k for k in PLAN if c[k] < 0.99 * PLAN[k]]
     if small:
-        tasks = ", nor anything about tasks such as HellaSwag, which such a model cannot do" * ("num_params" in small)
-        return (f"> **Scale {c['scale']}**: {size}. It can show that the whole procedure works, and how large an effect "
-                f"is in a model of this size on this text. It cannot show what happens at the plan's {plan}{tasks}.")
+        tasks = ", nor anything about tasks such as HellaSwag, which such a model cannot do"
+        tasks *= "num_params" in small
+        return (f"> **Scale {c['scale']}**: {size}. It can show that the whole procedure works, and how "
+                f"large an effect is in a model of this size on this text. It cannot show what happens at "
+                f"the plan's {plan}{tasks}.")
     if any(c[k] > 1.01 * PLAN[k] for k in PLAN):
         return f"> **Scale {c['scale']}**: {size}, where the plan has {plan}."
     return ""
@@ -256,8 +278,9 @@ def why(arm):
 def configs_table(configs):
     """configs: {arm: the config of its runs}."""
     norm = lambda c: "no" if not c["qk_norm"] else "yes" if c["qk_gain"] else "yes, gains frozen at one"
+    hidden = lambda c: OPTIMIZERS.get(c["optimizer"], c["optimizer"])
     return table(["Config", "Hidden matrices", "QK-Norm", "Why"],
-                 [[LABELS[a], OPTIMIZERS.get(c["optimizer"], c["optimizer"]), norm(c), why(a)] for a, c in configs.items()],
+                 [[LABELS[a], hidden(c), norm(c), why(a)] for a, c in configs.items()],
                  "`config.json` of the runs, `config/`")
 
 
@@ -283,12 +306,14 @@ def sweep_table(picks, arms):
         near = [cell(tried[i]) if 0 <= i < len(lrs) else "none" for i in (at - 1, at + 1)]
         tie = f"with {join((f'{lr:g}' for lr in p['tie']), ' and ')}" if p["tie"] else \
             "no" if len(p["seeds"]) > 1 else "not known from one seed"
-        rows.append([LABELS[a], f"{p['lr']:g}", "yes" if p["bracketed"] else "**not bracketed**", cell(tried[at]), *near,
-                     tie, f"{fit[1]:.4f} at {fit[0]:.3g}" if fit else "no minimum"])
+        bracketed = "yes" if p["bracketed"] else "**not bracketed**"
+        rows.append([LABELS[a], f"{p['lr']:g}", bracketed, cell(tried[at]), *near, tie,
+                     f"{fit[1]:.4f} at {fit[0]:.3g}" if fit else "no minimum"])
     n = max((len(p["seeds"]) for p in picks.values()), default=1)
     return table(["Config", "Chosen LR", "Bracketed", "Val loss", "next LR below", "next LR above", "Tie",
                   "Parabola's minimum"], rows,
-                 f"`chosen_lr.json`, {spread_words(n)}; the parabola goes through the best three points in log LR")
+                 f"`chosen_lr.json`, {spread_words(n)}; the parabola goes through the best three points in "
+                 "log LR")
 
 
 def sweep_rule(S):
@@ -296,37 +321,39 @@ def sweep_rule(S):
     tokens = {p["tokens"] for p in S["picks"].values() if "tokens" in p} | \
         {r["config"]["max_tokens"] for r in S["sweep"]}
     wins = ("The lowest final val loss wins" if len(seeds) < 2 else
-            "The lowest mean over these seeds of the final val loss wins; a neighbour whose mean is less than two "
-            "standard errors of the difference higher is a tie")
-    return (f"Each arm has its own grid of learning rates, run for {join(map(count, sorted(tokens))) or 'no'} tokens with "
-            f"{'seed' if len(seeds) < 2 else 'seeds'} {join(seeds) or 'not known'}. {wins}. A winner at an edge gets "
-            f"points a factor of two further out, up to {MAX_EXTENSIONS} a side.")
+            "The lowest mean over these seeds of the final val loss wins; a neighbour whose mean is less "
+            "than two standard errors of the difference higher is a tie")
+    return (f"Each arm has its own grid of learning rates, run for "
+            f"{join(map(count, sorted(tokens))) or 'no'} tokens with {'seed' if len(seeds) < 2 else 'seeds'} "
+            f"{join(seeds) or 'not known'}. {wins}. A winner at an edge gets points a factor of two further "
+            f"out, up to {MAX_EXTENSIONS} a side.")
 
 
 def rates_table(near, m, arms):
     """Each arm at half, once and twice its rate; near as rate_states() takes it, with the rates as 'lr'."""
     what, _, digits = MEASURES[m]
-    head = ["Config", "Chosen LR", f"{what.capitalize() if m == 'loss' else 'Mean PR'} at half", "at the chosen LR", "at twice"]
-    rows = [[LABELS[a], *["missing"] * 4] for a in arms]
-    for i, a in enumerate(arms):
+    words, rows = ["**no**, half is better", "yes", "**no**, twice is better"], []
+    for a in arms:
+        rows.append([LABELS[a], *["missing"] * 5])
         if a in near:
-            cells = ["diverged" if np.isinf(loss) else f"{v:.{digits}f}" for v, loss in zip(near[a][m], near[a]["loss"])]
-            rows[i] = [LABELS[a], f"{near[a]['lr'][1]:g}", *cells]
-    if m == "loss":
-        words = ["**no**, half is better", "yes", "**no**, twice is better"]
-        head.append("Choice holds")
-        rows = [[*r, words[int(np.argmin(near[a]["loss"]))] if a in near else "missing"] for a, r in zip(arms, rows)]
-    return table(head, rows, "`neighbours/*/log.jsonl` and the main runs of the same seed")
+            loss = near[a]["loss"]
+            cells = ["diverged" if np.isinf(x) else f"{v:.{digits}f}" for v, x in zip(near[a][m], loss)]
+            rows[-1] = [LABELS[a], f"{near[a]['lr'][1]:g}", *cells, words[int(np.argmin(loss))]]
+    head = ["Config", "Chosen LR", f"{what[0].upper()}{what[1:]} at half", "at the chosen LR", "at twice",
+            "Choice holds"]
+    wide = len(head) - (m != "loss")
+    return table(head[:wide], [row[:wide] for row in rows],
+                 "`neighbours/*/log.jsonl` and the main runs of the same seed")
 
 
 def choice_holds(S):
-    old = (" `transfer/` holds runs of a stage that this project no longer has, half the rate at a longer budget: they "
-           "enter nothing here." if S["transfer"] else "")
+    old = (" `transfer/` holds runs of a stage that this project no longer has, half the rate at a longer "
+           "budget: they enter nothing here." if S["transfer"] else "")
     if not S["near"]:
-        return f"Not known: the stage `neighbours` was not run (`bash sweep.sh {S['scale']} neighbours`).{old}"
+        return f"Not known: `bash sweep.sh {S['scale']} neighbours` was not run.{old}"
     seed = next(iter(S["near"].values()))["seed"]
-    return (f"Every arm was trained for the whole main budget at half and at twice its rate too, with seed {seed}.{old}"
-            f"\n\n{rates_table(S['near'], 'loss', S['arms'])}")
+    return (f"Every arm was trained for the whole main budget at half and at twice its rate too, with seed "
+            f"{seed}.{old}\n\n{rates_table(S['near'], 'loss', S['arms'])}")
 
 
 # ---- sections 3 and 4
@@ -345,12 +372,14 @@ def contrast_table(S, m):
         state, low, high = S["rates"][m, h]
         by = f", {low:+.{digits}f} to {high:+.{digits}f}" if low is not None else ""
         near = f"{state}{by}" if e[m, h]["claimed"] else "no claim"
-        return [name, effect(e[m, h], m), f"{e[m, h]['p']:.2g}", f"{e[m, h]['p_adjusted']:.2g}", decision(e[m, h]), near]
+        p = [f"{e[m, h][key]:.2g}" for key in ("p", "p_adjusted")]
+        return [name, effect(e[m, h], m), *p, decision(e[m, h]), near]
 
     best = e[m, "best"]
     lead = f"Lead of the first arm, {LABELS[best['arm']]}, over {LABELS[best['second']]}"
     lead += f" (p: against {LABELS[best['against']]})" * (best["against"] != best["second"])
-    return table([f"Contrast, {unit.format(head_dim(S['config']))}", "Effect ± 95 %", "p", "p adjusted", "Decision",
+    unit = unit.format(head_dim(S["config"]))
+    return table([f"Contrast, {unit}", "Effect ± 95 %", "p", "p adjusted", "Decision",
                   "When each arm has any of its three rates"],
                  [*(line(NAMES[c], c) for c in CONTRASTS), line(lead, "best")],
                  f"{MAIN_LOGS}, by `post/stats.py`; the last column by `neighbours/*/log.jsonl`, one seed")
@@ -362,17 +391,21 @@ def spread_table(y, arms):
     sd = lambda v, digits: f"{v.std(ddof=1):.{digits}f}" if np.isfinite(v).all() else "missing"
     return table(["Config", "Val loss, nats a token", "Mean PR"],
                  [[LABELS[a], *(sd(y[m][a], MEASURES[m][2]) for m in MEASURES)] for a in arms],
-                 f"{MAIN_LOGS}; standard deviation over {n} seeds, {plural(n - 1, 'degree')} of freedom an arm")
+                 f"{MAIN_LOGS}; standard deviation over {n} seeds, {plural(n - 1, 'degree')} of freedom an "
+                 "arm")
 
 
 def power_table(y, e, n):
     """What the study can resolve."""
-    cells = lambda m, c: [f"± {e[m, c]['half']:.{MEASURES[m][2]}f}", f"{stats.detectable(e[m, c], n):.{MEASURES[m][2]}f}"]
-    return table(["Contrast", "Val loss, 95 %", "found with 80 % power", "seeds for 0.01 nats", "Mean PR, 95 %",
-                  "found with 80 % power"],
+    digits = {m: MEASURES[m][2] for m in MEASURES}
+    cells = lambda m, c: [f"± {e[m, c]['half']:.{digits[m]}f}",
+                          f"{stats.detectable(e[m, c], n):.{digits[m]}f}"]
+    found = "found with 80 % power"
+    return table(["Contrast", "Val loss, 95 %", found, "seeds for 0.01 nats", "Mean PR, 95 %", found],
                  [[NAMES[c], *cells("loss", c), stats.seeds_needed(y["loss"], CONTRASTS[c]), *cells("pr", c)]
-                  for c in CONTRASTS], "`post/stats.py`, from the spreads above; found: the true effect that such a study would claim 8 times "
-                 "in 10, at the strictest of Holm's steps; seeds: for a 95 % interval of ± 0.01 nats")
+                  for c in CONTRASTS], "`post/stats.py`, from the spreads above; found: the true effect that "
+                 "such a study would claim 8 times in 10, at the strictest of Holm's steps; seeds: for a 95 "
+                 "% interval of ± 0.01 nats")
 
 
 def resolution(S):
@@ -383,18 +416,20 @@ def resolution(S):
     out = [spread_table(y, S["arms"])]
     if e:
         over = {m: stats.seed_correlation({a: y[m][a] for a in FACTORIAL}) for m in MEASURES}
-        out += [f"Seeds are the same in every arm. The mean correlation of two arms over seeds is {over['loss']['mean']:+.2f} "
-                f"on loss and {over['pr']['mean']:+.2f} on mean PR" +
-                (f"; differences within a seed spread less than unpaired ones would in {over['loss']['helped']} and "
-                 f"{over['pr']['helped']} of the {len(over['loss']['pairs'])} pairs. No interval makes use of it." if n > 2 else
+        out += [f"Seeds are the same in every arm. The mean correlation of two arms over seeds is "
+                f"{over['loss']['mean']:+.2f} on loss and {over['pr']['mean']:+.2f} on mean PR" +
+                (f"; differences within a seed spread less than unpaired ones would in "
+                 f"{over['loss']['helped']} and {over['pr']['helped']} of the {len(over['loss']['pairs'])} "
+                 "pairs. No interval makes use of it." if n > 2 else
                  ", but from two seeds each is one or minus one, which says nothing."), power_table(y, e, n)]
     return paragraphs(*out)
 
 
 def evaluation_noise(runs):
     noise = [x for r in runs.values() if (x := r.get("val_loss_stderr_bootstrap")) is not None]
-    return (f"Evaluation noise is apart from this: the bootstrap over val sequences gives a standard error of at most "
-            f"{max(noise):.4f} nats for one run (`results.json`). It enters no interval." if noise else "")
+    return (f"Evaluation noise is apart from this: the bootstrap over val sequences gives a standard error "
+            f"of at most {max(noise):.4f} nats for one run (`results.json`). It enters no "
+            "interval." if noise else "")
 
 
 def definitions(y, arms, n):
@@ -403,8 +438,9 @@ def definitions(y, arms, n):
     orders = {name: join((LABELS[a] for a in sorted(arms, key=lambda a: -y[name][a].mean())), " > ")
               for name in PR_DEFINITIONS if whole}
     same = "the same" if len(set(orders.values())) == 1 else "not the same"
-    out = [table(["Config", *PR_DEFINITIONS], [[LABELS[a], *(over_seeds(y, name, a) for name in PR_DEFINITIONS)]
-                                               for a in arms], f"{MAIN_LOGS}; {spread_words(n)}"),
+    out = [table(["Config", *PR_DEFINITIONS],
+                 [[LABELS[a], *(over_seeds(y, name, a) for name in PR_DEFINITIONS)] for a in arms],
+                 f"{MAIN_LOGS}; {spread_words(n)}"),
            bullets(f"`{name}`: {text}." + (f" Order: {orders[name]}." if whole else "")
                    for name, text in PR_DEFINITIONS.items())]
     if whole:
@@ -414,7 +450,8 @@ def definitions(y, arms, n):
 
 
 def frozen_gains(y, configs):
-    """Frozen against learned gains of QK-Norm under each optimizer, where a study has both; '' where it has not."""
+    """Frozen against learned gains of QK-Norm under each optimizer, where a study has both; '' where it has
+    not."""
     gained = [a for a, c in configs.items() if c["qk_norm"] and c["qk_gain"] and a in FACTORIAL]
     pairs = [(a, b) for a in gained for b, c in configs.items()
              if c["qk_norm"] and not c["qk_gain"] and c["optimizer"] == configs[a]["optimizer"]]
@@ -426,40 +463,32 @@ def frozen_gains(y, configs):
             return "missing"
         return effect(stats.pair(y[name], a, b), "loss" if name == "loss" else "pr")
     return ("### Frozen against learned gains\n\n"
-            "Is what QK-Norm does to the keys done by its gains? Here they stay at one, against gains that learn, under "
-            "the same optimizer, each arm at its own learning rate.\n\n" +
+            "Is what QK-Norm does to the keys done by its gains? Here they stay at one, against gains that "
+            "learn, under the same optimizer, each arm at its own learning rate.\n\n" +
             table(["Difference", "Val loss", *PR_DEFINITIONS],
-                  [[f"{LABELS[b]} minus {LABELS[a]}", *(cell(name, a, b) for name in ("loss", *PR_DEFINITIONS))]
-                   for a, b in pairs], f"{MAIN_LOGS}; 95 % intervals, each alone and not corrected: no verdict hangs on them"))
+                  [[f"{LABELS[b]} minus {LABELS[a]}", *(cell(m, a, b) for m in ("loss", *PR_DEFINITIONS))]
+                   for a, b in pairs],
+                  f"{MAIN_LOGS}; 95 % intervals, each alone and not corrected: no verdict hangs on them"))
 
 
-def pr_by_lr(sweep, arms, picks):
+def pr_by_lr(sweep):
     """PR at the end of every sweep run, by arm and learning rate."""
     ended = {}
     for r in (r for r in sweep if r["status"] != "unfinished" and r["rows"]):
         ended.setdefault((r["config"]["arm"], r["config"]["learning_rate"]), []).append(r)
     if not ended:
         return "*No sweep run has ended.*"
-    values = {k: {name: [last(r, name) for r in runs] for name in ("loss", *PR_DEFINITIONS)} for k, runs in ended.items()}
+    values = {k: {name: [last(r, name) for r in runs] for name in ("loss", *PR_DEFINITIONS)}
+              for k, runs in ended.items()}
 
     def row(arm, lr):
         v = values[arm, lr]
         lost = "diverged" if np.isinf(v["loss"]).all() else None
-        return [LABELS[arm], f"{lr:g}", spread(v["loss"], 4), *(lost or spread(v[name], 2) for name in PR_DEFINITIONS)]
-    pr = {k: np.mean(v["pr"]) for k, v in values.items() if np.isfinite(v["loss"]).all()}
-    by_arm = {a: [v for (b, _), v in pr.items() if a == b] for a in arms}
-    at = [pr[a, p["lr"]] for a, p in picks.items() if (a, p["lr"]) in pr]
-    ranges = join((f"{LABELS[a]} {min(v):.2f} to {max(v):.2f}" for a, v in by_arm.items() if v), "; ")
-    chosen = f" At the chosen learning rates the arms lie between {min(at):.2f} and {max(at):.2f}." if at else ""
+        return [LABELS[arm], f"{lr:g}", spread(v["loss"], 4),
+                *(lost or spread(v[name], 2) for name in PR_DEFINITIONS)]
     n = max(len(runs) for runs in ended.values())
-    out = [table(["Config", "LR", "Val loss", *PR_DEFINITIONS], [row(*k) for k in ended],
-                 f"last rows of `sweep/*/log.jsonl`; {spread_words(n)}"),
-           f"Mean PR over an arm's own grid: {ranges or 'missing'}.{chosen}"]
-    shared = [[f"{LABELS[b]} minus {LABELS[a]}", f"{lr:g}", f"{pr[b, lr] - pr[a, lr]:+.2f}"] for a, b in ONE_FACTOR
-              for c, lr in sorted(pr) if c == a and (b, lr) in pr]
-    if shared:
-        out += ["At learning rates that two arms share:", table(["Difference", "LR", "Mean PR"], shared, "the table above")]
-    return paragraphs(*out)
+    return table(["Config", "LR", "Val loss", *PR_DEFINITIONS], [row(*k) for k in ended],
+                 f"last rows of `sweep/*/log.jsonl`; {spread_words(n)}")
 
 
 # ---- sections 5 and 6
@@ -487,16 +516,16 @@ def correlation_table(runs, arms):
         rows.append([count(tokens), len(pairs), f"{np.corrcoef(pr, loss)[0, 1]:+.2f}",
                      f"{np.corrcoef(means.T)[0, 1]:+.2f}" if len(means) == len(arms) > 2 else "missing",
                      f"{pr.min():.2f} to {pr.max():.2f}", f"{loss.min():.4f} to {loss.max():.4f}"])
-    return table(["Tokens", "Runs", "Correlation over runs", "over the arm means", "Mean PR", "Val loss"], rows,
-                 "`*-seed*/log.jsonl` at the token checkpoints")
+    return table(["Tokens", "Runs", "Correlation over runs", "over the arm means", "Mean PR", "Val loss"],
+                 rows, "`*-seed*/log.jsonl` at the token checkpoints")
 
 
 TASKS = {"val": "val_ppl", "hellaswag": "acc_norm", "lambada": "acc"}
 
 
 def cell_of(result, task, status):
-    """One task of one run, or val perplexity where task is 'val', or why there is none. Tasks in percent with their
-    standard error."""
+    """One task of one run, or val perplexity where task is 'val', or why there is none. Tasks in percent with
+    their standard error."""
     r = result if task == "val" and "val_ppl" in result else result.get(task) or {}
     if status == "diverged" or "not_available" in r or TASKS[task] not in r:
         return "diverged" if status == "diverged" else "not available" if "not_available" in r else "missing"
@@ -518,46 +547,51 @@ def downstream(S):
 
     def mean(arm, i, task):
         words = [cells[arm, s][i] for s in S["seeds"] if not cells[arm, s][i][0].isdigit()]
-        return words[0] if words else spread([100 * runs[f"{arm}-seed{s}"][task][TASKS[task]] for s in S["seeds"]], 1) + " %"
+        if words:
+            return words[0]
+        return spread([100 * runs[f"{arm}-seed{s}"][task][TASKS[task]] for s in S["seeds"]], 1) + " %"
 
     each = table(["Config", "Seed", "Val PPL", "HellaSwag", "LAMBADA"],
                  [[LABELS[a], s, *found] for (a, s), found in cells.items()],
-                 "`results.json`; HellaSwag 10-shot acc_norm, LAMBADA 0-shot last-word accuracy, ± standard error over "
-                 "examples")
+                 "`results.json`; HellaSwag 10-shot acc_norm, LAMBADA 0-shot last-word accuracy, ± standard "
+                 "error over examples")
     means = table(["Config", "Best LR", "Val Loss", "Mean PR", "HellaSwag", "LAMBADA"],
-                  [[*row, mean(a, 1, "hellaswag"), mean(a, 2, "lambada")] for a, row in zip(S["arms"], summary(S))],
+                  [[*row, mean(a, 1, "hellaswag"), mean(a, 2, "lambada")]
+                   for a, row in zip(S["arms"], summary(S))],
                   f"`chosen_lr.json`, {MAIN_LOGS}, `results.json`; {spread_words(len(S['seeds']))}")
-    why_not = {f"Not available: {part}: {r['not_available']}" for result in runs.values() for part, r in result.items()
-               if isinstance(r, dict) and "not_available" in r}
+    parts = [(part, r) for result in runs.values() for part, r in result.items() if isinstance(r, dict)]
+    why_not = {f"Not available: {part}: {r['not_available']}" for part, r in parts if "not_available" in r}
     return paragraphs(each, means, bullets(filter(None, [
         *sorted(why_not),
-        "Chance on HellaSwag is 25 %" + (f"; the standard error of one run is {100 * max(errors):.1f} points." if any(errors)
+        "Chance on HellaSwag is 25 %" + (f"; the standard error of one run is {100 * max(errors):.1f} "
+                                         "points." if any(errors)
                                          else "."),
-        "GPT-2 124M in the same harness: HellaSwag acc 28.9 %, acc_norm 31.1 %; LAMBADA acc 32.56 %, ppl 40.06.",
-        gaps and f"Evaluated again, final checkpoints differ from the logs' val loss by at most {max(gaps):.4f} nats."])),
+        "GPT-2 124M in the same harness: HellaSwag acc 28.9 %, acc_norm 31.1 %; LAMBADA acc 32.56 %, ppl "
+        "40.06.",
+        gaps and f"Evaluated again, final checkpoints differ from the logs' val loss by at most "
+                 f"{max(gaps):.4f} nats."])),
         S["scale"] == "80m" and sanity(S["y"], S["configs"], runs))
 
 
 def summary(S):
     """[[config, best learning rate, val loss, mean PR]], as strings, of every arm."""
-    return [[LABELS[a], f"{S['picks'][a]['lr']:g}" if a in S["picks"] else "missing", over_seeds(S["y"], "loss", a),
-             over_seeds(S["y"], "pr", a)] for a in S["arms"]]
+    lr = lambda a: f"{S['picks'][a]['lr']:g}" if a in S["picks"] else "missing"
+    return [[LABELS[a], lr(a), *(over_seeds(S["y"], m, a) for m in MEASURES)] for a in S["arms"]]
 
 
 def sanity(y, configs, results):
     """The ranges that were expected at 80m before any run."""
-    of = lambda optimizer: np.mean([y["loss"][a].mean() for a in FACTORIAL if configs[a]["optimizer"] == optimizer])
-    task = lambda name: np.mean([100 * r[name][TASKS[name]] for r in results.values() if TASKS[name] in (r.get(name) or {})]
-                                or [np.nan])
+    of = lambda name: np.mean([y["loss"][a].mean() for a in FACTORIAL if configs[a]["optimizer"] == name])
+    found = lambda task: [x for r in results.values() if (x := (r.get(task) or {}).get(TASKS[task])) is not None]
+    task = lambda name: 100 * np.mean(found(name) or [np.nan])
     rows = [("Val loss, mean of the Muon arms", of("muon"), 3.4, 3.6),
             ("AdamW above Muon", of("adamw") - of("muon"), 0.03, 0.1),
             ("HellaSwag, %", task("hellaswag"), 25, 27.5), ("LAMBADA, %", task("lambada"), 3, 15)]
     inside = lambda v, low, high: "missing" if not np.isfinite(v) else "yes" if low <= v <= high else "**no**"
     return table(["Sanity check", "Measured", "Expected", "Inside"],
-                 [[name, f"{v:.3f}" if np.isfinite(v) else "missing", f"{low} to {high}", inside(v, low, high)]
-                  for name, v, low, high in rows],
-                 f"{MAIN_LOGS}, `results.json`; ranges expected before any run, of 80M parameters and 300M tokens of "
-                 f"FineWeb-Edu")
+                 [[name, spread([v], 3), f"{low} to {high}", inside(v, low, high)] for name, v, low, high in rows],
+                 f"{MAIN_LOGS}, `results.json`; ranges expected before any run, of 80M parameters and 300M "
+                 f"tokens of FineWeb-Edu")
 
 
 # ---- sections 7 to 9, and the appendix
@@ -575,13 +609,15 @@ def logits(y, e):
     if not e or not all(np.isfinite(y["logit"][a]).all() for a in FACTORIAL):
         return ""
     control = stats.logit_control(y["logit"])
-    return (f"The largest logit of Muon without QK-Norm is {'in every seed' if control else 'not in every seed'} below "
-            f"that of AdamW without QK-Norm and below {LOGIT_FLAG}: the logits "
-            f"{'bear out' if control else 'do not bear out'} the wording 'implicit attention logit control'.")
+    return (f"The largest logit of Muon without QK-Norm is "
+            f"{'in every seed' if control else 'not in every seed'} below that of AdamW without QK-Norm and "
+            f"below {LOGIT_FLAG}: the logits {'bear out' if control else 'do not bear out'} the wording "
+            "'implicit attention logit control'.")
 
 
 def limitations(S):
-    c, y, n, picks = S["config"], S["y"], len(S["seeds"]), {a: p for a, p in S["picks"].items() if a in S["arms"]}
+    c, y, n = S["config"], S["y"], len(S["seeds"])
+    picks = {a: p for a, p in S["picks"].items() if a in S["arms"]}
     wide = join(LABELS[a] for a, p in picks.items() if not p["bracketed"])
     ties = join(LABELS[a] for a, p in picks.items() if p["tie"])
     lost = join(f"{LABELS[a]} {k} of {n}" for a in S["arms"] if (k := np.isinf(y["loss"][a]).sum()))
@@ -590,36 +626,40 @@ def limitations(S):
             for m in MEASURES if S["verdict"][2]}
     sweep_seeds = max((len(p["seeds"]) for p in picks.values()), default=1)
     return bullets(filter(None, [
-        f"{count(c['num_params'])} params, a single architecture (LLaMA-style, {c['n_layer']} layers of width "
-        f"{c['n_embd']}), one data set, one tokenizer.",
+        f"{count(c['num_params'])} params, a single architecture (LLaMA-style, {c['n_layer']} layers of "
+        f"width {c['n_embd']}), one data set, one tokenizer.",
         f"{count(c['max_tokens'])} tokens a run, {c['max_tokens'] / c['num_params']:.2g} a parameter.",
-        f"{plural(n, 'seed')}: " + (f"the spread of an arm has {plural(n - 1, 'degree')} of freedom." if n > 1 else
+        f"{plural(n, 'seed')}: " + (f"the spread of an arm has {plural(n - 1, 'degree')} of "
+                                    "freedom." if n > 1 else
                                     "no spread is known."),
         half and f"A difference of two arms is known to ± {min(half['loss']):.4f} nats at best and ± "
-                 f"{max(half['loss']):.4f} at worst, and to between ± {min(half['pr']):.2f} and ± {max(half['pr']):.2f} of "
-                 f"mean PR: smaller effects stay unseen.",
+                 f"{max(half['loss']):.4f} at worst, and to between ± {min(half['pr']):.2f} and ± "
+                 f"{max(half['pr']):.2f} of mean PR: smaller effects stay unseen.",
         "Unknown whether this holds at a larger scale, on other data, or for longer training.",
-        "QK-Norm works in production models (Gemma 3, Qwen3); nothing here tests the scale and stability they need it for.",
+        "QK-Norm works in production models (Gemma 3, Qwen3); nothing here tests the scale and stability "
+        "they need it for.",
         f"Learning rates were tuned on short runs with {plural(sweep_seeds, 'seed')}. Weight decay "
         f"({c['weight_decay']:g}), batch size, betas and warmup are the same in all arms and were not tuned.",
-        f"PR is measured on {c['probe_tokens']:,} val tokens, and depends on its definition and on the learning rate "
-        f"(section 4).",
+        f"PR is measured on {c['probe_tokens']:,} val tokens, and depends on its definition and on the "
+        f"learning rate (section 4).",
         wide and f"Not bracketed, so perhaps not at its best learning rate: {wide}.",
-        ties and f"A tie between neighbouring learning rates, so that chance had a part in the choice: {ties}.",
-        not S["near"] and "No arm was trained at the rates beside its own for the main budget: how far an effect is one "
-                          "of the learning rate is not known.",
+        ties and f"A tie between neighbouring learning rates, so that chance had a part in the choice: "
+                 f"{ties}.",
+        not S["near"] and "No arm was trained at the rates beside its own for the main budget: how far an "
+                          "effect is one of the learning rate is not known.",
         lost and f"Diverged main runs: {lost}. An infinite loss is a result, and is in no mean.",
-        restarts and f"{plural(restarts, 'restart')} after a loss that was not finite. The batch at fault was left out, "
-                     f"so these runs saw other data than the other arms of their seed."]))
+        restarts and f"{plural(restarts, 'restart')} after a loss that was not finite. The batch at fault "
+                     f"was left out, so these runs saw other data than the other arms of their seed."]))
 
 
 def speeds(S):
     out = []
     for a in (a for a in S["arms"] if a in S["picks"]):
-        v = [x for r in S["runs"] if r["config"]["arm"] == a for row in r["rows"] if (x := row.get("tokens_per_s"))]
+        rows = [row for r in S["runs"] if r["config"]["arm"] == a for row in r["rows"]]
+        v = [x for row in rows if (x := row.get("tokens_per_s"))]
         if v:
-            out.append(f"{LABELS[a]}: learning rate {S['picks'][a]['lr']:g}, val loss {over_seeds(S['y'], 'loss', a)}, "
-                       f"{np.median(v):,.0f} tokens/s")
+            out.append(f"{LABELS[a]}: learning rate {S['picks'][a]['lr']:g}, val loss "
+                       f"{over_seeds(S['y'], 'loss', a)}, {np.median(v):,.0f} tokens/s")
     return bullets(out, "> - ")
 
 
@@ -638,11 +678,15 @@ def spot_checks(runs):
         name = f"{LABELS[r['config']['arm']]}, seed {r['config']['seed']}"
         for x in r["events"]:
             if x["event"] == "spot_check":
-                rows.append([name, count(x["tokens"]), f"{x['val_loss']:.4f}" + " (not falling)" * (not x["falling"]),
-                             "**yes**" if x["nan"] else "no", f"{x['mean_pr_before']:.2f} → {x['mean_pr']:.2f}",
-                             f"{x['max_logit_before']:.1f} → {x['max_logit']:.1f}", join(x["flags"]) or "none"])
+                loss = f"{x['val_loss']:.4f}" + " (not falling)" * (not x["falling"])
+                rows.append([name, count(x["tokens"]), loss, "**yes**" if x["nan"] else "no",
+                             f"{x['mean_pr_before']:.2f} → "
+                                                              f"{x['mean_pr']:.2f}",
+                             f"{x['max_logit_before']:.1f} → {x['max_logit']:.1f}",
+                             join(x["flags"]) or "none"])
             elif x["event"] in ("restart", "diverged"):
-                notes.append(f"{name}: {x['event']} at step {x['step']}" + (f", {x['reason']}" if x.get("reason") else ""))
+                reason = f", {x['reason']}" if x.get("reason") else ""
+                notes.append(f"{name}: {x['event']} at step {x['step']}{reason}")
     shown = table(["Run", "Tokens", "Val loss", "NaNs", "Mean PR", "Largest logit", "Flags"], rows,
                   "`spot_check` events of `*-seed*/log.jsonl`; arrows: since the checkpoint before")
     return paragraphs(shown, bullets(notes))
@@ -665,42 +709,45 @@ def build(S):
         "### Architecture", S["experiment_config"].split("\n", 2)[2].strip(),
         "*Source: `config.json` and `source/` of the runs.*",
         f"### The {len(arms)} configs and why", configs_table(S["configs"]),
-        f"{plural(n, 'seed')} per config, {tokens} tokens, {params} param model. Seeds {join(seeds)}; a seed fixes the "
-        f"initial weights and the order of the data, the same in every arm. {differences(S['runs'], c)}",
+        f"{plural(n, 'seed')} per config, {tokens} tokens, {params} param model. Seeds {join(seeds)}; a seed "
+        f"fixes the initial weights and the order of the data, the same in every arm. "
+        f"{differences(S['runs'], c)}",
         "### Registration and statistics", S["registration"],
-        f"The unit is the run. Intervals are 95 %, and each arm has its own variance over seeds (Welch's, with "
-        f"Satterthwaite's degrees of freedom), as arms are not equally noisy. The chance of any false claim is kept at "
-        f"{ALPHA:g} over the six contrasts and what the scenarios need beyond them, by Holm's steps and with p-values "
-        f"raised for few seeds; `post/stats.py` says how." +
+        f"The unit is the run. Intervals are 95 %, and each arm has its own variance over seeds (Welch's, "
+        f"with Satterthwaite's degrees of freedom), as arms are not equally noisy. The chance of any false "
+        f"claim is kept at {ALPHA:g} over the six contrasts and what the scenarios need beyond them, by "
+        f"Holm's steps and with p-values raised for few seeds; `post/stats.py` says how." +
         f" Contrasts, headline and verdict are about the 2x2; tables hold {others} too." * bool(others),
         "### LR tuning methodology", sweep_rule(S),
-        figure(folder, 6, "Final val loss by learning rate; the star is the chosen one"), sweep_table(S["picks"], arms),
+        figure(folder, 6, "Final val loss by learning rate; the star is the chosen one"),
+        sweep_table(S["picks"], arms),
         "### Does the choice hold at the main budget?", choice_holds(S),
 
-        "## 3. Results: Loss", figure(folder, 1, "Val loss over training"), seeds_table(y["loss"], seeds, arms),
+        "## 3. Results: Loss",
+        figure(folder, 1, "Val loss over training"), seeds_table(y["loss"], seeds, arms),
         contrast_table(S, "loss"),
-        "An interval may exclude zero and the decision still be 'undecided': an interval is for one contrast, a decision "
-        "for the whole family." if e else "",
+        "An interval may exclude zero and the decision still be 'undecided': an interval is for one "
+        "contrast, a decision for the whole family." if e else "",
         f"### What {plural(n, 'seed')} can resolve", resolution(S), evaluation_noise(S["results"]),
 
         "## 4. Results: Representation Quality",
-        f"PR1 is (sum s)^2 / sum s^2 and PR2 is (sum s^2)^2 / sum s^4, of the singular values s of one head's keys, out "
-        f"of {top}. 'Mean PR' is `pr` below, over heads and layers.",
+        f"PR1 is (sum s)^2 / sum s^2 and PR2 is (sum s^2)^2 / sum s^4, of the singular values s of one "
+        f"head's keys, out of {top}. 'Mean PR' is `pr` below, over heads and layers.",
         "### PR trajectories", figure(folder, 2, "Mean PR over training"), contrast_table(S, "pr"),
         "### Definitions side by side", definitions(y, arms, n), frozen_gains(y, S["configs"]),
         "### Per-layer breakdown", figure(folder, 4, "PR of each layer at the end of training"),
         "### Singular value spectra",
         figure(folder, 5, "Singular values of the keys, sorted, in an early, a middle and a late layer"),
         "### PR against learning rate",
-        "A PR effect may be a learning-rate effect, so here is PR at other rates: at the main budget where the stage "
-        "`neighbours` was run, and at the end of every sweep run.",
+        "A PR effect may be a learning-rate effect, so here is PR at other rates: at the main budget where "
+        "the stage `neighbours` was run, and at the end of every sweep run.",
         figure(folder, 7, "Val loss and mean PR against learning rate, of the sweep and at the main budget"),
-        rates_table(S["near"], "pr", arms) if S["near"] else "", pr_by_lr(S["sweep"], arms, S["picks"]),
+        rates_table(S["near"], "pr", arms) if S["near"] else "", pr_by_lr(S["sweep"]),
 
         "## 5. The Relationship Between Loss and PR",
         figure(folder, 3, "Val loss against mean PR at each token checkpoint"),
-        f"Both change over training, so runs are compared within one token count and never pooled over time. Runs of one "
-        f"arm lie together, so these are about {len(arms)} points, and no test is made of them.",
+        f"Both change over training, so runs are compared within one token count and never pooled over time. "
+        f"Runs of one arm lie together, so these are about {len(arms)} points, and no test is made of them.",
         correlation_table(S["runs"], arms),
 
         "## 6. Downstream Evaluation", downstream(S),
@@ -709,20 +756,23 @@ def build(S):
         f"### What the contrasts decide: {scenario}", reasons(conditions),
         "*Source: the tables of contrasts in sections 3 and 4, by `post/stats.py`.*",
         "### Mechanism",
-        f"{TODO} the mechanistic explanation, why you think this happens, and what these numbers leave open. Numbers to "
-        f"use:\n>\n" + bullets((f"{LABELS[a]}: mean PR {over_seeds(y, 'pr', a)}, centred {over_seeds(y, 'pr_centered', a)}, "
-                                f"of the weights {over_seeds(y, 'pr_weight', a)}, largest scaled logit "
-                                f"{spread(y['logit'][a], 1)}, attention entropy {spread(y['attn_entropy'][a], 3)} nats"
+        f"{TODO} the mechanistic explanation, why you think this happens, and what these numbers leave open. "
+        f"Numbers to use:\n>\n" + bullets((f"{LABELS[a]}: mean PR {over_seeds(y, 'pr', a)}, centred "
+                                f"{over_seeds(y, 'pr_centered', a)}, of the weights "
+                                f"{over_seeds(y, 'pr_weight', a)}, largest scaled logit "
+                                f"{spread(y['logit'][a], 1)}, attention entropy "
+                                f"{spread(y['attn_entropy'][a], 3)} nats"
                                 for a in arms), "> - "),
-        "*Source: `*-seed*/log.jsonl`: `pr_*` and `attn_entropy_*` at the end, `max_logit_*` the largest over layers and "
-        "rows.*", logits(y, e),
+        "*Source: `*-seed*/log.jsonl`: `pr_*` and `attn_entropy_*` at the end, `max_logit_*` the largest "
+        "over layers and rows.*", logits(y, e),
 
         "## 8. Limitations", limitations(S),
 
         "## 9. Recommendations",
-        f"{TODO} practical advice, no wider than section 8 allows and resting on resolved contrasts alone. Numbers to "
-        f"use:\n>\n" + speeds(S),
-        "*Source: `chosen_lr.json`, `*-seed*/log.jsonl` (tokens/s: median over rows, on the machine of the runs).*",
+        f"{TODO} practical advice, no wider than section 8 allows and resting on resolved contrasts alone. "
+        f"Numbers to use:\n>\n" + speeds(S),
+        "*Source: `chosen_lr.json`, `*-seed*/log.jsonl` (tokens/s: median over rows, on the machine of the "
+        "runs).*",
 
         "## Appendix",
         "### A. Every pair of arms", pairs_table(y, arms, top),

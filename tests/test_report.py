@@ -169,7 +169,8 @@ FROZEN = dict(adamw_qk_frozen=dict(loss=3.57, pr=29.0), muon_qk_frozen=dict(loss
 
 @pytest.fixture(scope="module")
 def six(tmp_path_factory):
-    """A study with six arms, three seeds, three sweep seeds and neighbours, and its report; never changed by a test."""
+    """A study with six arms, three seeds, three sweep seeds and neighbours, and its report; never changed by
+    a test."""
     d = make(tmp_path_factory.mktemp("six") / "mini", arms=STUDIES["none"] | FROZEN, seeds=(42, 137, 7),
              sweep_seeds=(1, 2, 3), beside={}, noise=dict(loss=dict(adamw=0.004, adamw_qk=0.02, muon=0.001, muon_qk=0.002),
                                                           pr=dict(adamw=0.1, adamw_qk=0.9, muon=0.4, muon_qk=0.2)))
@@ -196,7 +197,8 @@ def values(d, arm, name):
 
 def test_further_arms_are_tabled_and_change_no_verdict(six):
     text, S = (six / "report.md").read_text(), report.load(six)
-    for heading in ("configs and why", "### LR tuning", "### Does the choice", "## 3.", "### What 3 seeds", "side by side", "## 6.",
+    for heading in ("configs and why", "### LR tuning", "### Does the choice", "## 3.", "### What 3 "
+                                                                                        "seeds", "side by side", "## 6.",
                     "| Config | Best LR"):
         names = rows_of(text, heading)
         assert {study.LABELS[a] for a in [*study.FACTORIAL, *FROZEN]} <= names.keys(), heading
@@ -205,7 +207,8 @@ def test_further_arms_are_tabled_and_change_no_verdict(six):
     four = dict(S, runs=[r for r in S["runs"] if r["config"]["arm"] in study.FACTORIAL])
     y = report.measure(four["runs"], S["seeds"], study.FACTORIAL)
     assert stats.verdict(y, {}, head_dim=64)[:2] == S["verdict"][:2]
-    assert not any("frozen" in part for part in (S["title"], post.tldr(S), text.split("### What the contrasts")[1]
+    assert not any("frozen" in part for part in (S["title"], post.tldr(S), text.split("### What the "
+                                                                                      "contrasts")[1]
                                                  .split("### Mechanism")[0]))
 
 
@@ -299,11 +302,14 @@ def test_rate_states_are_those_of_all_81_choices():
 @pytest.mark.parametrize("outcome, beside, said", [
     ("none", None, ["were not run", "at the chosen learning rates alone", "not run at neighbouring rates"]),
     ("none", dict(change={}), ["Muon lowers val loss", "holds at neighbouring rates, -"]),
-    ("none", dict(change={A: (-0.5, 0.02)}), ["dependent on the learning rate: optimizer on val loss", "depends on the rate, -",
+    ("none", dict(change={A: (-0.5, 0.02)}), ["dependent on the learning rate: optimizer on val "
+                                              "loss", "depends on the rate, -",
                                               "| **no**, half is better |"]),
     ("A", None, ["Muon provides implicit", "(neighbouring learning rates were not run)"]),
-    ("A", dict(change={MQ: (-0.4, 0.02)}), ["# Scenario A at the chosen learning rates, but not at half and twice these",
-                                            "scenario A of the plan, at the chosen learning rates but not beside them"]),
+    ("A", dict(change={MQ: (-0.4, 0.02)}), ["# Scenario A at the chosen learning rates, but not at half and "
+                                            "twice these",
+                                            "scenario A of the plan, at the chosen learning rates but not "
+                                            "beside them"]),
     ("C", dict(diverged=["adamw-lr0.004"]), ["diverged"])])
 def test_a_headline_is_made_of_what_holds_at_neighbouring_rates(outcome, beside, said, tmp_path):
     S = report.load(make(tmp_path / "mini", arms=STUDIES[outcome], beside=beside, seeds=(42, 137, 7)))
@@ -373,7 +379,8 @@ def test_a_study_under_another_name_is_that_of_its_runs(whole, tmp_path):
 @pytest.mark.parametrize("spoil, words", [
     (lambda d: shutil.copytree(d / "muon-seed42", d / "muon-seed42.bak"), "muon-seed42.bak is left out"),
     (lambda d: (d / "adamw-seed7").mkdir() or (d / "adamw-seed7/config.json").write_text(""), "adamw-seed7 is left out"),
-    (lambda d: (d / "x-seed7").mkdir() or (d / "x-seed7/config.json").write_text("[1]"), "x-seed7 is left out")])
+    (lambda d: (d / "x-seed7").mkdir() or (d / "x-seed7/config.json").write_text("[1]"), "x-seed7 is left "
+                                                                                         "out")])
 def test_one_bad_folder_is_named_and_does_not_block_the_rest(whole, tmp_path, capsys, spoil, words):
     d = tmp_path / "mini"
     shutil.copytree(whole, d)
@@ -529,7 +536,8 @@ def test_the_committed_experiment_config_is_the_80m_scale_s():
 
 TWEAKS = {  # field: (file, old, new, words of the new line)
     "QK-Norm placement": ("model.py", "        q, k = self.q_norm(q), self.k_norm(k)\n", "", "after RoPE"),
-    "LR schedule": ("train.py", "Linear warmup, then cosine", "Linear warmup, then a straight line", "a straight line"),
+    "LR schedule": ("train.py", "Linear warmup, then cosine", "Linear warmup, then a straight "
+                                                              "line", "a straight line"),
     "Model": ("model.py", "NORM_EPS = 1e-6", "NORM_EPS = 1e-5", "1e-5"),
     "Optimizers": ("train.py", "beta2 = 0.95", "beta2 = 0.98", "betas 0.9, 0.98"),
     "Gradient clipping": ("train.py", "grad_clip = 1.0", "grad_clip = 0.0", "none")}
@@ -616,12 +624,15 @@ def test_a_fresh_draft_passes(whole, capsys):
 
 
 @pytest.mark.parametrize("edit, line, place", [
-    (lambda t: t.replace("## 9. Recommendations\n", "## 9. Recommendations\n\nMuon saves 41.37 % of steps.\n"),
+    (lambda t: t.replace("## 9. Recommendations\n", "## 9. Recommendations\n\nMuon saves 41.37 % of "
+                                                    "steps.\n"),
      "Every number", "41.37 %"),
     (lambda t: t.replace("## 7. Discussion\n", "## 7. Discussion\n\nLoss fell to 2.9137.\n"), "Every number", "2.9137"),
-    (lambda t: t.replace("## 7. Discussion\n", "## 7. Discussion\n\nThis proves it.\n"), "The word 'proves'", "proves"),
+    (lambda t: t.replace("## 7. Discussion\n", "## 7. Discussion\n\nThis proves it.\n"), "The word "
+                                                                                         "'proves'", "proves"),
     (lambda t: t.replace("figures/1_val_loss.png", "figures/other.png"), "Loss curves", "no image"),
-    (lambda t: re.sub(r"## 8. Limitations.*?(?=## 9)", "", t, flags=re.S), "Limitations are there", "no section"),
+    (lambda t: re.sub(r"## 8. Limitations.*?(?=## 9)", "", t, flags=re.S), "Limitations are "
+                                                                           "there", "no section"),
     (lambda t: t.replace("Gemma 3", "Gemma 2"), "Limitations are there", "Gemma"),
     (lambda t: re.sub(r"^- 2 seeds:.*$", "- Some runs.", t, flags=re.M), "Limitations are there", "seeds"),
     (lambda t: re.sub("^# .*", "# QK-Norm is harmful", t), "Title matches", "harmful"),
@@ -643,7 +654,8 @@ def test_numbers_rounded_from_the_results_pass(text, whole, tmp_path, capsys):
 
 
 def test_a_number_from_the_middle_of_a_log_needs_four_digits(whole, tmp_path):
-    path = edited(whole, tmp_path, lambda t: t.replace("## 7. Discussion", "First 77.77, then 77.8.\n\n## 7. Discussion"))
+    path = edited(whole, tmp_path, lambda t: t.replace("## 7. Discussion", "First 77.77, then 77.8.\n\n## 7. "
+                                                                           "Discussion"))
     log = path.parent / "muon-seed42/log.jsonl"
     first, rest = log.read_text().split("\n", 1)
     log.write_text(json.dumps(json.loads(first) | dict(grad_norm=77.77)) + "\n" + rest)
