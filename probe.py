@@ -88,7 +88,8 @@ def probe(model, idx):
         "attn_entropy": entropy,
         "max_logit": logit,
     }
-    metrics = {f"{name}_layer_{i}": value for name, values in layers.items() for i, value in enumerate(values.tolist())}
-    metrics["mean_pr"] = layers["pr"].mean().item()
+    table = torch.stack(list(layers.values()), dim=1)  # (n_layer, metrics)
+    metrics = {f"{name}_layer_{i}": value for name, column in zip(layers, table.T) for i, value in enumerate(column.tolist())}
+    metrics["mean_pr"] = table[:, 0].mean().item()
     return metrics, {f"{name}_layer_{i}": s.float().numpy() for name, values in (("sv", keys), ("sv_weight", weight))
                      for i, s in enumerate(values)}

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import resource
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -136,6 +137,22 @@ def peak_memory(device):
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # macOS: bytes
+
+
+# ---- signals
+def catch_signals():
+    """A list that gets the number of the first SIGTERM, SIGINT or SIGHUP; the second ends the process at once."""
+    caught = []
+
+    def on_signal(number, frame):
+        if caught:
+            os._exit(128 + number)
+        caught.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, on_signal)
+    return caught
 
 
 # ---- files

@@ -1,7 +1,7 @@
-"""One training run: python train.py config/muon_qk.py --seed=42, or torchrun --standalone --nproc_per_node=N train.py ...
+"""One training run: python train.py config/muon_qk.py --seed=42, or torchrun --nproc_per_node=N train.py ...
 
-Config files and --key=value override the keys below (--help lists them). The same command again continues an unfinished
-run, to the bit on the same CPU and thread count, and leaves a finished one alone.
+Config files and --key=value override the keys below (--help lists them). The same command again continues an
+unfinished run, to the bit on the same CPU and thread count, and leaves a finished one alone.
 """
 import gc
 import json
@@ -47,7 +47,7 @@ qk_norm = False  # RMSNorm of queries and keys, per head, before RoPE
 qk_gain = True  # QK-Norm's gains learn; False: they stay at one, as in the frozen arms
 # optimizer
 optimizer = "adamw"  # adamw, or muon for hidden matrices and adamw for the rest
-learning_rate = 0.0  # every group's peak; 0: the winner in out/SCALE/chosen_lr.json, else the middle of the arm's grid
+learning_rate = 0.0  # every group's peak; 0: the winner in out/SCALE/chosen_lr.json, else the grid's middle
 embed_lr_scale = 1.0  # times learning_rate for embeddings, norms and gains: does a high Muon LR help through them?
 weight_decay = 0.1  # hidden matrices only, decoupled, the same lr * wd in both optimizers
 beta1 = 0.9  # AdamW's
@@ -58,7 +58,7 @@ min_lr_frac = 0.1  # the cosine ends here, inside the run's own budget
 max_tokens = 300_000_000  # a run's budget; floored to whole steps
 batch_tokens = 32_768  # tokens a step, over all devices and micro-batches
 # logging
-log_interval = 500  # steps between rows of log.jsonl: val loss and probes; 0: only at token checkpoints and at the end
+log_interval = 500  # steps between rows of log.jsonl: val loss and probes; 0: at token checkpoints and the end
 first_look = True  # a row at step 0 as well; sweep runs do without, since nothing is made of it
 sv_interval = 5000  # steps between spectra; also at step 0, at every token checkpoint and at the end; 0: only there
 n_ckpt = 6  # checkpoints at so many equal shares of the budget (the plan's 50M ... 300M); 0: none is kept
@@ -84,13 +84,13 @@ def check(ok, message):
 check(scale in study.SCALES, f"scale {scale!r} is not known: choose one of {', '.join(study.SCALES)}")
 check(arm in study.LABELS, f"arm {arm!r} is not known: choose one of {', '.join(study.LABELS)}")
 check(optimizer in ("adamw", "muon"), f"optimizer {optimizer!r} is not known: choose adamw or muon")
-check(dtype in ("auto", "bfloat16", "float32"), f"dtype {dtype!r} is not supported: choose auto, bfloat16 or float32")
-SIZES = ("n_layer", "n_head", "n_embd", "ffn_dim", "block_size", "vocab_size", "probe_tokens", "batch_tokens", "max_tokens")
-SHARES = ("warmup_frac", "min_lr_frac", "beta1", "beta2")
+check(dtype in ("auto", "bfloat16", "float32"), f"dtype {dtype!r} is not supported: auto, bfloat16 or float32 is")
+sizes = "n_layer n_head n_embd ffn_dim block_size vocab_size probe_tokens batch_tokens max_tokens".split()
+shares = "warmup_frac min_lr_frac beta1 beta2".split()
 for key, value in config.items():
     if type(value) in (int, float):
-        low, high = int(key in SIZES), 1 if key in SHARES else sys.float_info.max
-        check(low <= value <= high, f"{key} {value} makes no sense: give {low} or more" + ", at most 1" * (key in SHARES))
+        low, high = int(key in sizes), 1 if key in shares else sys.float_info.max
+        check(low <= value <= high, f"{key} {value} makes no sense: give {low} or more" + ", at most 1" * (key in shares))
 check(n_embd % (2 * n_head) == 0, f"n_embd {n_embd} does not divide into {n_head} heads of even width: change one")
 max_steps = max_tokens // batch_tokens
 check(max_steps > 0, f"max_tokens {max_tokens} is less than one batch of {batch_tokens}: raise it")
@@ -98,7 +98,8 @@ check(probe_tokens >= block_size, f"probe_tokens {probe_tokens} is less than blo
 
 # ---- devices: torchrun sets RANK; without it this is the only process, whatever a platform left in the environment
 ddp = dist.is_torchelastic_launched()
-rank, world, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")) if ddp else (0, 1, 0)
+rank, world, local_rank = (int(os.environ.get(name, default) if ddp else default)
+                           for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
 master = rank == 0
 try:
     device = system.start_device(device, local_rank, deterministic)
@@ -131,23 +132,24 @@ except (ValueError, OSError) as e:
 n_blocks = (len(train_data) - 1) // block_size
 sequences, rest = divmod(batch_tokens, block_size)
 check(not rest and sequences, f"batch_tokens {batch_tokens} is no multiple of block_size {block_size}: change one")
-check(n_blocks >= sequences, f"{data_dir}/train.bin holds {len(train_data)} tokens, less than one batch of {batch_tokens}"
-      f" at block_size {block_size}: prepare more or lower them")
-check(len(val_data) > max(eval_tokens, probe_tokens), f"{data_dir}/val_set.bin holds {len(val_data)} tokens, too few for "
-      f"eval_tokens {eval_tokens} and probe_tokens {probe_tokens}: prepare more or lower them")
+check(n_blocks >= sequences, f"{data_dir}/train.bin holds {len(train_data)} tokens, less than one batch of "
+      f"{batch_tokens} at block_size {block_size}: prepare more or lower them")
+check(len(val_data) > max(eval_tokens, probe_tokens), f"{data_dir}/val_set.bin holds {len(val_data)} tokens, too few "
+      f"for eval_tokens {eval_tokens} and probe_tokens {probe_tokens}: prepare more or lower them")
 probe_data = val_data[:probe_tokens // block_size * block_size]
 val_data = val_data[:eval_tokens + 1] if eval_tokens else val_data
 
 # ---- batch shape: micro-batches round differently, so a run keeps the size that it began with
-check(sequences % world == 0, f"{sequences} sequences a step do not divide over {world} processes: change batch_tokens")
+check(sequences % world == 0, f"{sequences} sequences a step do not divide over {world} processes: change one")
 local = sequences // world
 micro = micro_batch or begun.get("micro_batch")
 if not micro or not micro_batch and local % micro:  # begun with other processes
     micro = system.fitting_micro_batch(gpt_config(config), local, device, dtype, compile)
-check(local % micro == 0, f"{local} sequences a device do not divide into micro-batches of {micro}: change micro_batch")
+check(local % micro == 0, f"{local} sequences a device do not divide into micro-batches of {micro}: change one")
 
 # ---- the run's folder: lock, settings, source
-config.update(learning_rate=learning_rate, dtype=dtype, micro_batch=micro, data_dir=os.path.relpath(data_dir, ROOT), out_dir=str(out_dir))
+config.update(learning_rate=learning_rate, dtype=dtype, micro_batch=micro, data_dir=os.path.relpath(data_dir, ROOT),
+              out_dir=str(out_dir))
 done = torch.zeros(1)
 if master:
     try:
@@ -165,7 +167,8 @@ if done:
     if ddp:
         dist.destroy_process_group()
     sys.exit(0)
-say(f"device {system.device_name(device)}{system.why_cpu() if device.type == 'cpu' else ''}, {dtype}, micro-batches of {micro}")
+why = system.why_cpu() if device.type == "cpu" else ""
+say(f"device {system.device_name(device)}{why}, {dtype}, micro-batches of {micro}")
 
 
 # ---- batches: that of a step is a pure function of (seed, step)
@@ -183,8 +186,8 @@ def block_at(i):
 
 
 def batch_of(blocks):
-    """Inputs and targets (micro, block_size) int64 of at most micro blocks of at most block_size + 1 token ids, copied without
-    waiting. Where tokens are missing the target is -1, which does not count: one shape, one compiled graph."""
+    """Inputs and targets (micro, block_size) int64 of at most micro blocks of at most block_size + 1 token ids, copied
+    without waiting. Where tokens are missing the target is -1, which does not count: one shape, one compiled graph."""
     xy = np.zeros((2, micro, block_size), dtype=np.int64)
     xy[1] = -1
     for row, block in enumerate(blocks):
@@ -213,7 +216,8 @@ if compile:
     except torch.OutOfMemoryError:
         fail(f"out of memory with micro-batches of {micro} sequences: give --micro_batch={max(1, micro // 2)}")
     except Exception as e:  # a compiler, its headers, a home or a temporary folder can be missing in any way
-        say(f"torch.compile does not work here ({type(e).__name__}: {' '.join(str(e).split())[:150]}): running eager, slower")
+        why = f"{type(e).__name__}: {' '.join(str(e).split())[:150]}"
+        say(f"torch.compile does not work here ({why}): running eager, slower")
         model = GPT(gpt_config(config)).to(device)
 hidden = [p for p in model.h.parameters() if p.ndim == 2]
 others = [p for p in model.parameters() if all(p is not q for q in hidden)]  # embedding, norms, QK gains
@@ -225,11 +229,11 @@ else:
     adamw_groups.append(dict(params=hidden, weight_decay=weight_decay, lr_scale=1.0))
 optimizers.append(torch.optim.AdamW(adamw_groups, lr=1.0, betas=(beta1, beta2), eps=1e-8, fused=True))
 grouped = [p for o in optimizers for group in o.param_groups for p in group["params"]]
-assert len(grouped) == len(set(grouped)) and set(grouped) == set(model.parameters()), "a parameter is in no or two groups"
+assert len(grouped) == len(set(grouped)) and set(grouped) == set(model.parameters()), "a parameter in no or two groups"
 
 
 def lr_at(step):
-    """Linear warmup, then cosine to min_lr_frac of the peak at the end of each run's own budget. Of a step: its rate."""
+    """Linear warmup, then cosine to min_lr_frac of the peak at the end of each run's own budget."""
     warmup = max(1, round(warmup_frac * max_steps))
     if step < warmup:
         return learning_rate * (step + 1) / warmup
@@ -238,8 +242,8 @@ def lr_at(step):
 
 
 def evaluate():
-    """Mean loss in nats over the val set: every token once, in order, in blocks of block_size. Not under no_grad, so that training's
-    own graphs do it: others would take seconds to trace and load in every run."""
+    """Mean loss in nats over the val set: every token once, in order, in blocks of block_size. Not under no_grad, so
+    that training's own graphs do it: others would take seconds to trace and load in every run."""
     n = len(val_data) - 1
     total = torch.zeros((), dtype=torch.float64, device=device)
     starts = range(0, n, block_size)
@@ -263,11 +267,12 @@ def log(row):
 
 
 def save(path):
-    """Write a checkpoint whole or not at all. log_bytes is where the log ends now, so that a resumed log has no row twice and
-    no half row; id tells whether all ranks read the same file."""
+    """Write a checkpoint whole or not at all. log_bytes is where the log ends now, so that a resumed log has no row
+    twice and no half row; id tells whether all ranks read the same file."""
     if master:
-        state = dict(model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], step=step, tokens=step * batch_tokens,
-                     skip=skip, log_bytes=log_path.stat().st_size, config=dict(config, data=meta), id=os.urandom(8).hex())
+        state = dict(model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], step=step,
+                     tokens=step * batch_tokens, skip=skip, log_bytes=log_path.stat().st_size,
+                     config=dict(config, data=meta), id=os.urandom(8).hex())
         system.write_whole(path, lambda f: torch.save(state, f))
 
 
@@ -278,8 +283,8 @@ def restore():
     if ddp:  # folders of several machines can differ
         seen = [None] * world
         dist.all_gather_object(seen, (state.get("step"), state.get("id")))
-        check(len(set(seen)) == 1, f"the processes read different checkpoints in {out_dir} (steps {[s for s, _ in seen]}): "
-              f"give them one shared folder, or the same files")
+        check(len(set(seen)) == 1, f"the processes read different checkpoints in {out_dir} (steps "
+              f"{[s for s, _ in seen]}): give them one shared folder, or the same files")
     if state:
         shapes = {name: p.shape for name, p in state["model"].items()}
         check(shapes == {name: p.shape for name, p in model.state_dict().items()},
@@ -293,8 +298,8 @@ def restore():
             o.state.clear()
     if master:
         size, end = log_path.stat().st_size if log_path.exists() else 0, state.get("log_bytes", 0)
-        check(size >= end, f"{log_path} is shorter than its checkpoint says ({end} bytes): bring it back, or delete {out_dir} to "
-              f"start again")
+        check(size >= end, f"{log_path} is shorter than its checkpoint says ({end} bytes): bring it back, or delete "
+              f"{out_dir} to start again")
         if size:
             os.truncate(log_path, end)
     if ddp:
@@ -303,21 +308,6 @@ def restore():
     if isinstance(skip, list):  # as checkpoints had it once
         skip = skip[0] if skip else None
     return state.get("step", 0), skip, bool(state)
-
-
-# ---- stopping: the first signal saves and leaves, the second leaves at once
-signals = []
-
-
-def on_signal(number, frame):
-    if signals:
-        os._exit(128 + number)
-    signals.append(number)
-
-
-for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-    if signal.getsignal(number) != signal.SIG_IGN:  # nohup
-        signal.signal(number, on_signal)
 
 
 def data_index(step):
@@ -329,6 +319,7 @@ def data_index(step):
 token_steps = {max_tokens * i // n_ckpt // batch_tokens for i in range(1, n_ckpt + 1)}
 probe_idx = torch.from_numpy(probe_data.astype(np.int64)).view(-1, block_size).to(device)
 explode = 2 * math.log(vocab_size)  # twice the loss of guessing: no healthy run comes near
+signals = system.catch_signals()  # the first saves and leaves, the second leaves at once
 start = last_save = time.time()
 with system.errors_in_one_line(f"cannot write into {out_dir}", "mend that and run the same command again to go on"):
     step, skip, resumed = restore()
@@ -345,7 +336,8 @@ with system.errors_in_one_line(f"cannot write into {out_dir}", "mend that and ru
 
     while True:
         # -- look: only here does the host wait for the device
-        due = step in token_steps or step == max_steps or (step % log_interval == 0 if log_interval and step else first_look and not step)
+        due = first_look if not step else log_interval and step % log_interval == 0
+        due = due or step in token_steps or step == max_steps
         save_due = bool(ckpt_interval_s) and time.time() - last_save > ckpt_interval_s
         stop = signals[0] if signals else 0
         if ddp:
@@ -378,10 +370,11 @@ with system.errors_in_one_line(f"cannot write into {out_dir}", "mend that and ru
                 log(dict(event="diverged", **reason))
                 say(f"diverged at step {bad_step}, a second time: this run ends here, which is a result")
                 break
-            say(f"loss, gradient or weights exploded at step {bad_step}: restarting once from the last checkpoint without that batch")
+            what = "loss, gradient or weights not finite or exploded"
+            say(f"{what} at step {bad_step}: restarting once from the last checkpoint without that batch")
             step, _, resumed = restore()
             looked, skip = step if resumed else -1, reason["batch"]
-            log(dict(event="restart", reason="loss, gradient or weights not finite or exploded", **reason, restart_step=step))
+            log(dict(event="restart", reason=what, **reason, restart_step=step))
             bad.fill_(-1)
             train_loss = grad_norm = None
             since, clock = step, time.perf_counter()
@@ -390,7 +383,7 @@ with system.errors_in_one_line(f"cannot write into {out_dir}", "mend that and ru
             continue
         if row:
             looked = step
-            if spectra and (sv_interval and step % sv_interval == 0 or not step or step in token_steps or step == max_steps):
+            if step in {0, max_steps, *token_steps} or sv_interval and step % sv_interval == 0:
                 for name, s in spectra.items():
                     system.write_whole(out_dir / f"{name}_step_{step}.npy", lambda f: np.save(f, s))
             if step in token_steps and looks and master:
@@ -399,8 +392,9 @@ with system.errors_in_one_line(f"cannot write into {out_dir}", "mend that and ru
                 say(f"spot check: {study.spot_check_line(spot)}")
             log(row)
             if looks:
-                say(f"step {step}/{max_steps}  {row['tokens'] / 1e6:.2f}M tokens  train {row['train_loss'] or math.nan:.4f}  val "
-                    f"{row['val_loss']:.4f}  mean PR {row.get('mean_pr', math.nan):.2f}  {row['tokens_per_s'] or math.nan:,.0f} tokens/s")
+                number = lambda key: row.get(key) or math.nan
+                say(f"step {step}/{max_steps}  {row['tokens'] / 1e6:.2f}M tokens  train {number('train_loss'):.4f}  val "
+                    f"{row['val_loss']:.4f}  mean PR {number('mean_pr'):.2f}  {number('tokens_per_s'):,.0f} tokens/s")
             if step in token_steps:
                 save(out_dir / f"ckpt_step_{step}.pt")
                 last_save = time.time()
@@ -414,8 +408,8 @@ with system.errors_in_one_line(f"cannot write into {out_dir}", "mend that and ru
             last_save = time.time()
             clock += time.perf_counter() - before
         if stop:
-            say(f"stopped by {signal.Signals(stop).name} at step {step} of {max_steps}, saved in {out_dir}: run the same command again "
-                f"to go on")
+            say(f"stopped by {signal.Signals(stop).name} at step {step} of {max_steps}, saved in {out_dir}: run the same "
+                f"command again to go on")
             sys.exit(128 + stop)
 
         # -- one step of training: nothing in it reads from the device
@@ -435,7 +429,8 @@ with system.errors_in_one_line(f"cannot write into {out_dir}", "mend that and ru
             parts = [p.grad for p in model.parameters()] + [train_loss]
             flat = torch.cat([part.flatten() for part in parts])
             dist.all_reduce(flat)
-            torch._foreach_copy_(parts, [f.view_as(part) for f, part in zip(flat.split([part.numel() for part in parts]), parts)])
+            sums = flat.split([part.numel() for part in parts])
+            torch._foreach_copy_(parts, [s.view_as(part) for s, part in zip(sums, parts)])
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
         broken = ~torch.isfinite(train_loss + grad_norm) | (train_loss > explode)
         bad = torch.where((bad < 0) & broken, step, bad)
@@ -448,13 +443,13 @@ with system.errors_in_one_line(f"cannot write into {out_dir}", "mend that and ru
     # ---- the end, as `key: value` lines
     bar.close()
     (out_dir / "ckpt_rolling.pt").unlink(missing_ok=True)
-    if master and step == max_steps and (final := study.load_run(out_dir))["status"] == "finished":
+    if master and (final := study.load_run(out_dir))["status"] == "finished":
         steps, train_seconds = np.sum(intervals or [(0, math.nan)], axis=0)
         speed, peak = steps * batch_tokens / train_seconds, system.peak_flops(device)
         say("---")
         for key, value in dict(
-                arm=arm, seed=seed, learning_rate=f"{learning_rate:g}", dtype=dtype, micro_batch=micro, num_params=model.num_params(),
-                tokens=step * batch_tokens, val_loss=f"{final['val_loss'] or math.nan:.6f}",
+                arm=arm, seed=seed, learning_rate=f"{learning_rate:g}", dtype=dtype, micro_batch=micro,
+                num_params=model.num_params(), tokens=step * batch_tokens, val_loss=f"{final['val_loss'] or math.nan:.6f}",
                 mean_pr=f"{final['rows'][-1].get('mean_pr', math.nan):.4f}", train_seconds=f"{train_seconds:.1f}",
                 total_seconds=f"{time.time() - start:.1f}", tokens_per_s=f"{speed:.0f}",
                 mfu=f"{speed * model.flops_per_token() / world / peak:.4f}" if peak else "unknown",

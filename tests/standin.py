@@ -45,9 +45,12 @@ def install():
     torch.cuda.is_initialized, torch.cuda.current_device, torch.cuda._lazy_init = (lambda: True), (lambda: 0), (lambda: None)
     torch.cuda.get_device_name, torch.cuda.synchronize = of(NAME), of(None)
     torch.cuda.get_device_properties = of(types.SimpleNamespace(name=NAME, total_memory=MEMORY, major=9, minor=0))
+    torch.cuda.reset_peak_memory_stats = of(None)
     torch.cuda.mem_get_info, torch.cuda.max_memory_allocated = of((MEMORY, MEMORY)), of(2**30)
     torch.cuda.is_bf16_supported = lambda including_emulation=True: True
     torch._C._cuda_setDevice = lambda index: None  # torch.cuda.set_device keeps its own check of its argument
+    real = torch.profiler.profile
+    torch.profiler.profile = lambda activities, **kw: real(activities=[torch.profiler.ProfilerActivity.CPU], **kw)
     start = dist.init_process_group
     dist.init_process_group = lambda backend=None, **kw: start(backend.replace("cpu:gloo,cuda:nccl", "gloo"), **kw)
     OnCPU().__enter__()

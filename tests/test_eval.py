@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import shutil
 import subprocess
 import sys
 import types
@@ -50,10 +51,10 @@ def write_rows(folder, **files):
     return folder
 
 
-def tiny_model(qk_norm, block_size=64, seed=0, vocab_size=4160):
+def tiny_model(qk_norm, block_size=64, seed=0, vocab_size=4160, qk_gain=True):
     """Weights far from their init, gains far from one, and a vocabulary padded by 64 rows: what is wrong anywhere shows."""
     generator = torch.Generator().manual_seed(seed)
-    model = GPT(GPTConfig(block_size, vocab_size, 2, 2, 64, 96, qk_norm)).init_weights(generator).requires_grad_(False)
+    model = GPT(GPTConfig(block_size, vocab_size, 2, 2, 64, 96, qk_norm, qk_gain)).init_weights(generator).requires_grad_(False)
     for name, p in model.named_parameters():
         p.copy_(p * 4 if p.ndim == 2 else torch.rand(p.shape, generator=generator) + 0.5)
     return model
@@ -104,6 +105,13 @@ def study(tmp_path, encoding):
         write_run(tmp_path / "out" / name, tiny_model(qk_norm), meta, tmp_path / "data", status)
     return types.SimpleNamespace(dir=tmp_path / "out", tokens=tokens, documents=documents, meta=meta, data=tmp_path / "data",
                                  ckpt=tmp_path / "out" / "muon-seed42" / "ckpt_step_7.pt", tmp=tmp_path)
+
+
+@pytest.fixture()
+def offline(monkeypatch):
+    """Only local rows can be had."""
+    monkeypatch.setattr(evaluate, "build_task", lambda name, splits, real=evaluate.build_task:
+                        real(name, splits) if splits else (_ for _ in ()).throw(OSError("x cannot be reached")))
 
 
 # ---- scoring ----
@@ -164,9 +172,48 @@ def test_passes_are_full_and_cuts_are_counted(encoding):
     assert lm.cut == [False, False, True]  # a pass of 64 predicts a 65th token
 
 
-def test_a_target_longer_than_the_context_is_refused():
-    with pytest.raises(ValueError, match="has 65 tokens, and block_size is 64"):
-        scoring.score(tiny_model(False), [([1], [2] * 65)], "float32")
+def test_what_no_pass_can_score_is_none():
+    """A target longer than the context, one without a token, and one with nothing before it."""
+    model, good = tiny_model(False), ([1, 2], [3, 4])
+    scores = scoring.score(model, [([1], [2] * 65), good, ([1], []), ([], [1]), ([1], [2] * 64)], "float32")
+    assert [s is None for s in scores] == [True, False, True, True, False]
+    assert scores[1][0] == pytest.approx(plain_scores(model, [good])[0][0])
+
+
+@torch.no_grad()
+def test_scores_of_packed_texts_are_not_rounded():
+    """Under autocast, queries and keys of a logit spread of 70: bfloat16 scores would be off by a quarter of a nat."""
+    model = GPT(GPTConfig(64, 128, 2, 2, 64, 96)).init_weights(torch.Generator().manual_seed(1))
+    attn = model.h[0].attn
+    attn.q_proj.weight.mul_(60)
+    attn.k_proj.weight.mul_(60)
+    x = torch.randn(1, 40, 64, generator=torch.Generator().manual_seed(0))
+    mask = torch.ones(40, 40, dtype=torch.bool).tril()[None, None, 32:]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = attn(x, model.cos[:40], model.sin[:40])
+        packed = attn(x, model.cos[:40], model.sin[:40], scoring.packed_attention(mask))
+    assert (plain - packed).abs().max() < 0.01 * plain.abs().max()
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_cudnn_attention_is_off_while_scoring_and_as_before_afterwards(on, study, monkeypatch):
+    enabled, seen = torch.backends.cuda.cudnn_sdp_enabled, []
+    before, model = enabled(), tiny_model(False)
+    norm = model.norm.forward
+    monkeypatch.setattr(model.norm, "forward", lambda x: seen.append(enabled()) or norm(x))
+    config = evaluate.load_checkpoint(study.ckpt)[1]
+    try:
+        torch.backends.cuda.enable_cudnn_sdp(on)
+        scoring.val_losses(model, study.tokens[:100], "float32")
+        scoring.score(model, [([1, 2], [3]), ([1, 2], [4, 5])], "float32")
+        evaluate.sample(model, config, "a", length=1)
+        assert enabled() is on and len(seen) >= 3 and not any(seen)
+        monkeypatch.setattr(model.norm, "forward", lambda x: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            scoring.score(model, [([1], [2])], "float32")
+        assert enabled() is on
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.02)])
@@ -182,7 +229,8 @@ def test_val_losses_predict_every_token_once(study, encoding, dtype, tolerance):
     nats, counts = scoring.val_losses(model, tokens, dtype)
     assert counts.sum() == n == len(tokens) - 1 and counts[0] == 64
     assert np.abs(nats / counts - np.array(expected) / counts).max() < tolerance
-    results, rows = evaluate.run_val(model, dict(data_dir=str(study.data), vocab_size=4160, eval_tokens=0), encoding, dtype)
+    config = dict(data_dir=str(study.data), vocab_size=4160, eval_tokens=0, data=study.meta)
+    results, rows = evaluate.run_val(model, evaluate.val_tokens(config), encoding, dtype)
     assert results["val_loss"] == pytest.approx(sum(expected) / n, abs=tolerance)
     assert results["val_ppl"] == pytest.approx(math.exp(results["val_loss"])) and results["val_tokens"] == n
     # meta.json counts the bytes of all text; the very first token is predicted by nothing
@@ -191,19 +239,21 @@ def test_val_losses_predict_every_token_once(study, encoding, dtype, tolerance):
     assert sum(row["nats"] for row in rows) == pytest.approx(nats.sum())
     spread = (nats / counts).std() / len(nats) ** 0.5
     assert spread / 1.5 < results["val_loss_stderr_bootstrap"] < spread * 1.5
-    part, _ = evaluate.run_val(model, dict(data_dir=str(study.data), vocab_size=4160, eval_tokens=100), encoding, dtype)
+    part, _ = evaluate.run_val(model, evaluate.val_tokens(dict(config, eval_tokens=100)), encoding, dtype)
     assert part["val_tokens"] == 100 and part["val_loss"] != results["val_loss"]
 
 
 # ---- export, against transformers ----
 
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_exported_logits_are_ours(qk_norm, study, tmp_path):
+@pytest.mark.parametrize("qk_norm, qk_gain", [(False, True), (True, True), (True, False)])
+def test_exported_logits_are_ours(qk_norm, qk_gain, study, tmp_path):
     pytest.importorskip("transformers", reason="requirements-dev.txt is not installed")
     from transformers import AutoModelForCausalLM
 
     import export
     checkpoint = study.dir / ("muon_qk-seed137" if qk_norm else "muon-seed42") / "ckpt_step_7.pt"
+    if not qk_gain:
+        checkpoint = write_run(tmp_path / "muon_qk_frozen-seed1", tiny_model(True, qk_gain=False), study.meta, study.data)
     export.export(checkpoint, tmp_path / "hf")
     theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32, attn_implementation="sdpa",
                                                         output_loading_info=True)
@@ -219,6 +269,34 @@ def test_exported_logits_are_ours(qk_norm, study, tmp_path):
     with torch.no_grad():
         difference = (theirs(idx).logits - ours(idx)).abs().max().item()
     assert difference == 0 and ours(idx).std() > 0.5
+    gains = [w for name, w in theirs.named_parameters() if "q_norm" in name or "k_norm" in name]
+    assert len(gains) == 4 * qk_norm and (qk_gain or all((w == 1).all() for w in gains))
+
+
+def test_padded_texts_of_an_export_give_what_they_give_alone(study):
+    pytest.importorskip("transformers", reason="requirements-dev.txt is not installed")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import export
+    export.export(study.ckpt, study.tmp / "hf")
+    tokenizer = AutoTokenizer.from_pretrained(study.tmp / "hf")
+    model = AutoModelForCausalLM.from_pretrained(study.tmp / "hf", dtype=torch.float32)
+    assert tokenizer.pad_token == tokenizer.eos_token and tokenizer.pad_token_id == EOT
+    texts = ["the sea", "the old captain went to the garden by night and"]
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    assert batch["attention_mask"].sum(1).tolist() == [len(tokenizer(t)["input_ids"]) for t in texts]
+    for t, row in zip(texts, model.generate(**batch, max_new_tokens=12, do_sample=False)):
+        alone = model.generate(**tokenizer(t, return_tensors="pt"), max_new_tokens=12, do_sample=False)[0]
+        written = tokenizer.decode(row, skip_special_tokens=True)
+        assert written == tokenizer.decode(alone, skip_special_tokens=True) and written.startswith(t)
+
+
+def test_a_checkpoint_from_before_qk_gain_is_read(study):
+    state = torch.load(study.dir / "muon_qk-seed137" / "ckpt_step_7.pt", weights_only=True)
+    del state["config"]["qk_gain"]
+    torch.save(state, study.tmp / "old.pt")
+    model, config = evaluate.load_checkpoint(study.tmp / "old.pt")
+    assert model.config.qk_gain and torch.equal(model.h[0].attn.q_norm.weight, tiny_model(True).h[0].attn.q_norm.weight)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-4096"])
@@ -410,10 +488,153 @@ def test_evaluating_again(study, monkeypatch):
     assert not list(study.dir.rglob("*.tmp"))
 
 
-def test_one_checkpoint_prints_key_value_lines(study, monkeypatch, capsys):
+LONG = "x" + "é" * 70  # one word of more than block_size tokens
+
+
+def test_rows_that_cannot_be_scored_are_named_and_left_out(study, offline, monkeypatch, capsys):
+    good, hella = lambada_rows(6), hellaswag_rows(5, 2)
+    at = hella[3]["label"]
+    hella[3]["endings"][at] = LONG
+    rows = write_rows(study.tmp / "rows", lambada_openai=[good[0], dict(text=f"the sea {LONG}"), *good[1:], dict(text="  sea")],
+                      hellaswag_train=hellaswag_rows(12, 1), hellaswag_validation=hella)
+    call(monkeypatch, study.dir, "--rows", rows, "--device=cpu")
+    out = capsys.readouterr().out
+    run = json.loads((study.dir / "results.json").read_text())["runs"]["muon-seed42"]
+    assert "muon-seed42 lambada: row 2, 8 left out: a text to score has no token, nothing before it, or more than 64 tokens" in out
+    assert "muon-seed42 hellaswag: row 4 left out" in out
+    assert run["lambada"]["left_out"] == [1, 7] and run["hellaswag"]["left_out"] == [3] and run["hellaswag"]["n"] == 4
+    write_rows(rows, lambada_openai=good)
+    call(monkeypatch, study.dir, "--rows", rows, "--device=cpu")
+    clean = json.loads((study.dir / "results.json").read_text())["runs"]["muon-seed42"]["lambada"]
+    assert clean == dict(run["lambada"], left_out=[])
+    write_rows(rows, lambada_openai=[dict(text=f"the sea {LONG}")])
+    call(monkeypatch, study.dir, "--rows", rows, "--device=cpu")
+    run = json.loads((study.dir / "results.json").read_text())["runs"]["muon-seed42"]
+    assert run["lambada"] == dict(not_available="none of its texts can be scored") and run["hellaswag"]["n"] == 4
+
+
+@pytest.mark.parametrize("harm, says", [
+    (lambda data: data.rename(data.with_name("elsewhere")), "meta.json is missing"),
+    (lambda data: (data / "val_set.bin").unlink(), "val_set.bin is missing"),
+    (lambda data: (data / "val_set.bin").write_bytes(b"ab"), "val_set.bin has 2 bytes"),
+    (lambda data: (data / "meta.json").write_text((data / "meta.json").read_text().replace('"val_sha256": "', '"val_sha256": "0')),
+     "holds other val tokens")])
+def test_without_its_data_all_else_is_evaluated(harm, says, study, offline, monkeypatch, capsys):
     rows = write_rows(study.tmp / "rows", lambada_openai=lambada_rows(5))
-    monkeypatch.setattr(evaluate, "build_task", lambda name, splits, real=evaluate.build_task:
-                        real(name, splits) if splits else (_ for _ in ()).throw(OSError("x cannot be reached")))
+    go = lambda: call(monkeypatch, study.dir, "--rows", rows, "--device=cpu")
+    go()
+    before = json.loads((study.dir / "results.json").read_text())["runs"]
+    harm(study.data)
+    go()
+    assert json.loads((study.dir / "results.json").read_text())["runs"] == before  # what is known stays
+    (study.dir / "results.json").unlink()
+    capsys.readouterr()
+    go()
+    out = capsys.readouterr().out
+    assert sum(line.startswith("val not available: ") and says in line for line in out.splitlines()) == 1
+    after = json.loads((study.dir / "results.json").read_text())["runs"]
+    for name, run in after.items():
+        assert says in run["val"]["not_available"] and "val" not in run["done"] and "val_loss" not in run
+        assert run["lambada"] == before[name]["lambada"]
+    call(monkeypatch, "--ckpt", study.ckpt, "--rows", rows, "--device=cpu")
+    assert "val_not_available:" in capsys.readouterr().out
+    call(monkeypatch, "--ckpt", study.ckpt, "--sample", "a", "--device=cpu")
+
+
+def test_copies_and_foreign_folders_are_named_and_left_out(study, offline, monkeypatch, capsys):
+    shutil.copytree(study.dir / "muon-seed42", study.dir / "muon-seed42.bak")
+    (study.dir / "sgd-seed1").mkdir()
+    (study.dir / "sgd-seed1" / "config.json").write_text("[1]")
+    rows = write_rows(study.tmp / "rows", lambada_openai=lambada_rows(3))
+    call(monkeypatch, study.dir, "--rows", rows, "--device=cpu")
+    out = capsys.readouterr().out.splitlines()
+    for name in ("muon-seed42.bak", "sgd-seed1"):
+        assert sum(f"{name} is left out" in line for line in out) == 1
+    assert set(json.loads((study.dir / "results.json").read_text())["runs"]) == {"muon-seed42", "muon_qk-seed137"}
+
+
+def strict(path):
+    return json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"runs": 3}', '{"runs": {"muon-seed42": 3}}', '{"runs": {"muon-seed42": {}}}',
+                                     '{"runs": {"muon-seed42": {"done": 3}}}', '{"runs": {"muon-seed42": {"done": {}, "x": NaN}}}'])
+def test_damaged_results_are_made_anew(content, study, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "TASKS", {})
+    monkeypatch.setattr(evaluate, "summary", lambda name, run: name)
+    call(monkeypatch, study.dir, "--device=cpu")
+    whole = strict(study.dir / "results.json")
+    (study.dir / "results.json").write_text(content)
+    capsys.readouterr()
+    call(monkeypatch, study.dir, "--device=cpu")
+    assert "results.json is damaged: evaluating anew" in capsys.readouterr().out
+    assert strict(study.dir / "results.json") == whole
+
+
+@pytest.mark.parametrize("weight, factor", [("wte.weight", math.nan), ("norm.weight", 1e38), ("norm.weight", 1e4)])
+def test_numbers_that_overflow_never_reach_a_file(weight, factor, study, monkeypatch, capsys):
+    """Weights of nan; logits of inf; and a loss that is finite, whose perplexity is not."""
+    state = torch.load(study.ckpt, weights_only=True)
+    state["model"][weight] *= factor
+    torch.save(state, study.ckpt)
+    rows = write_rows(study.tmp / "rows", lambada_openai=lambada_rows(3), wikitext_test=[dict(page="a page \n of text")],
+                      hellaswag_train=hellaswag_rows(12, 1), hellaswag_validation=hellaswag_rows(5, 2))
+    call(monkeypatch, study.dir, "--rows", rows, "--device=cpu")
+    runs = strict(study.dir / "results.json")["runs"]
+    assert "not_available" in runs["muon-seed42"]["val"] and "val not available" in capsys.readouterr().out
+    assert runs["muon_qk-seed137"]["val_loss"] > 0 and runs["muon_qk-seed137"]["hellaswag"]["n"] == 5
+    for path in (study.dir / "eval").iterdir():
+        assert not {"NaN", "Infinity"} & {*path.read_text().replace(",", " ").split()}
+
+
+def test_a_damaged_checkpoint_is_named_and_all_others_are_evaluated(study, monkeypatch):
+    monkeypatch.setattr(evaluate, "TASKS", {})
+    monkeypatch.setattr(evaluate, "summary", lambda name, run: name)
+    study.ckpt.write_bytes(study.ckpt.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="1 of 2 runs could not be evaluated: .*muon-seed42.*is no whole checkpoint"):
+        call(monkeypatch, study.dir, "--device=cpu")
+    results = strict(study.dir / "results.json")
+    assert set(results["runs"]) == {"muon_qk-seed137"} and "no whole checkpoint" in results["left_out"]["muon-seed42"]
+
+
+def test_results_outlive_their_checkpoints(study, monkeypatch):
+    monkeypatch.setattr(evaluate, "TASKS", {})
+    monkeypatch.setattr(evaluate, "summary", lambda name, run: name)
+    call(monkeypatch, study.dir, "--device=cpu")
+    before = strict(study.dir / "results.json")["runs"]
+    study.ckpt.unlink()  # to save space
+    call(monkeypatch, study.dir, "--device=cpu")
+    assert strict(study.dir / "results.json")["runs"] == before
+    with open(study.dir / "muon-seed42" / "log.jsonl", "a") as f:
+        f.write('{"event": "diverged"}\n')
+    call(monkeypatch, study.dir, "--device=cpu")
+    assert set(strict(study.dir / "results.json")["runs"]) == {"muon_qk-seed137"}
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu", "foo", "cuda:x", "cuda:7", "cuda", ""])
+def test_devices_that_are_not_there(device, study, monkeypatch):
+    if device.startswith("cuda") and torch.cuda.device_count() > 7 * (device == "cuda:7"):
+        pytest.skip("that GPU is here")
+    for args in ([study.dir], ["--ckpt", study.ckpt], ["--ckpt", study.ckpt, "--sample", "a"]):
+        with pytest.raises(ValueError, match=f"^device '?{device}"):
+            call(monkeypatch, *args, f"--device={device}")
+    assert not (study.dir / "results.json").exists() and not (study.dir / "eval").exists()
+
+
+def test_float32_is_not_tf32(study, monkeypatch, capsys):
+    """As in a vendor's container, which sets TORCH_ALLOW_TF32_CUBLAS_OVERRIDE."""
+    seen, before, real = [], torch.get_float32_matmul_precision(), GPT.hidden
+    monkeypatch.setattr(GPT, "hidden", lambda *args: seen.append(torch.get_float32_matmul_precision()) or real(*args))
+    try:
+        torch.set_float32_matmul_precision("high")
+        call(monkeypatch, "--ckpt", study.ckpt, "--sample", "a", "--device=cpu", "--dtype=float32")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert {*seen} == {"highest"}
+
+
+def test_one_checkpoint_prints_key_value_lines(study, offline, monkeypatch, capsys):
+    rows = write_rows(study.tmp / "rows", lambada_openai=lambada_rows(5))
     call(monkeypatch, "--ckpt", study.ckpt, "--rows", rows, "--device=cpu")
     printed = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines() if " not available" not in line)
     nats, counts = scoring.val_losses(tiny_model(False), study.tokens, "float32")
@@ -449,6 +670,13 @@ GOOD = hellaswag_rows(1, 0)[0]
     ("hellaswag_validation", json.dumps(dict(GOOD, endings=["a", 2])), "line 2: endings are not all texts"),
     ("hellaswag_validation", json.dumps(dict(GOOD, label="")), "line 2: label '' names none of the 4 endings"),
     ("hellaswag_validation", json.dumps(dict(GOOD, label=4)), "line 2: label '4' names none"),
+    ("hellaswag_validation", json.dumps(dict(GOOD, label="9" * 5000)), "line 2: label '9999"),
+    ("hellaswag_validation", json.dumps(dict(GOOD, label=math.nan)), "line 2: label is nan"),
+    ("hellaswag_validation", json.dumps(dict(GOOD, label=7)).replace("7", "1e999"), "line 2: label is inf"),
+    ("hellaswag_validation", json.dumps(dict(GOOD, label=7)).replace("7", "7" * 5000), "line 2: not JSON"),
+    ("hellaswag_validation", json.dumps(dict(GOOD, label=True)), "line 2: label 'True' names none"),
+    ("lambada_openai", "[" * 10_000, "line 2: not JSON"),
+    ("lambada_openai", '{"text": "half a pair \\ud800"}', "line 2: 'utf-8' codec can't encode"),
 ])
 def test_wrong_rows_name_file_and_line(file, line, expected, tmp_path):
     good = dict(lambada_openai=lambada_rows(1), wikitext_test=[dict(page="a b")], hellaswag_train=hellaswag_rows(10, 1),
@@ -460,6 +688,11 @@ def test_wrong_rows_name_file_and_line(file, line, expected, tmp_path):
     with pytest.raises(ValueError) as e:
         evaluate.local_rows(rows)
     assert f"{file}.jsonl, {expected}" in str(e.value)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "lambada_openai.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(dict(text="the sea wind")).encode() + b"\r\n")
+    assert evaluate.local_rows(tmp_path)["lambada"][1] == {"test": [dict(text="the sea wind")]}
 
 
 def test_line_separators_inside_a_text_are_no_line_ends(tmp_path):
@@ -474,11 +707,12 @@ def test_wrong_row_folders(tmp_path):
         folder = write_rows(tmp_path / str(len(expected)), **files)
         with pytest.raises(ValueError, match=expected):
             evaluate.local_rows(folder)
-    (folder / "lambada_openai.jsonl").write_bytes(b'{"text": "\xff"}\n')
     for row_file in folder.glob("hella*"):
         row_file.unlink()
-    with pytest.raises(ValueError, match="cannot be read: 'utf-8'"):
-        evaluate.local_rows(folder)
+    for content in (b'{"text": "a b"}\n{"text": "\xff"}\n', '{"text": "a b"}\n'.encode("utf-16")):
+        (folder / "lambada_openai.jsonl").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"lambada_openai.jsonl, line {1 + (content[0] == 123)}: not JSON"):
+            evaluate.local_rows(folder)
 
 
 def test_wrong_checkpoints_and_folders(study, monkeypatch):
@@ -511,8 +745,9 @@ def test_wrong_checkpoints_and_folders(study, monkeypatch):
     assert not (study.tmp / "hf").exists()
 
 
-@pytest.mark.parametrize("script, args", [("evaluate.py", ["--ckpt", "none.pt"]), ("evaluate.py", ["none"]), ("tools/export.py", ["none.pt", "hf"]),
-                                          ("tools/export.py", ["none.pt"])])
+@pytest.mark.parametrize("script, args", [
+    ("evaluate.py", ["--ckpt", "none.pt"]), ("evaluate.py", ["none"]), ("evaluate.py", ["--dtype=float8", "none"]),
+    ("evaluate.py", ["--device=foo", "none"]), ("tools/export.py", ["none.pt", "hf"]), ("tools/export.py", ["none.pt"])])
 def test_errors_are_one_line(script, args, tmp_path):
     done = subprocess.run([sys.executable, ROOT / script, *args], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and done.stdout == "" and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1

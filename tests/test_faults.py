@@ -339,7 +339,8 @@ def strict_log(out_dir):
 
 def test_a_restart_without_a_checkpoint_restores_all_of_the_start(tmp_path, distinct):
     """Norm gains too: step 0 is what it was, to the last digit, and carries nothing of the step that exploded."""
-    first = study.load_run(tmp_path / "alone")["rows"][0] if train(tmp_path / "alone", distinct, "--max_tokens=64") else None
+    train(tmp_path / "alone", distinct, "--max_tokens=3840", "--log_interval=7")
+    first = study.load_run(tmp_path / "alone")["rows"][0]
     done = run_poisoned(tmp_path / "r", distinct, [3])
     assert done.returncode == 0, done.stderr
     run = study.load_run(tmp_path / "r")
@@ -350,7 +351,7 @@ def test_a_restart_without_a_checkpoint_restores_all_of_the_start(tmp_path, dist
 
 @pytest.mark.parametrize("lr", ["1e6", "1e18", "1e20"])
 def test_weights_that_break_in_the_last_update_are_diverged(tmp_path, data, lr):  # noqa: F811
-    out = train(tmp_path / "r", data, f"--learning_rate={lr}", "--max_tokens=64", arm="adamw")
+    out = train(tmp_path / "r", data, f"--learning_rate={lr}", "--max_tokens=64", "--n_ckpt=1", arm="adamw")
     assert "diverged" in out and study.load_run(tmp_path / "r")["status"] == "diverged"
     assert [row.get("event") for row in strict_log(tmp_path / "r")] == ["restart", None, "diverged"]
 

@@ -85,6 +85,13 @@ def test_evaluation_on_a_standin(tmp_path, data):  # noqa: F811
     assert done.returncode == 0 and done.stdout.startswith("Once upon"), done.stderr
 
 
+def test_bench_on_a_standin(tmp_path):
+    (tmp_path / "gpu.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); import bench; bench.bench_gpu('ci', 20)\n")
+    done = subprocess.run([sys.executable, STANDIN, str(tmp_path / "gpu.py")], capture_output=True, text=True, env=ENV, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert all(re.search(rf"{arm} at ci: [\d,]+ tokens/s.* MFU .*under the mask.*1024 MB", done.stdout) for arm in ("adamw", "muon_qk"))
+
+
 # ---- devices, memory, messages
 @pytest.mark.parametrize("name, peak", [
     ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835e12), ("NVIDIA A100-SXM4-80GB", 312e12),

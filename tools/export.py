@@ -1,10 +1,9 @@
 """A checkpoint as a Hugging Face folder: python tools/export.py CKPT DIR
 
-AutoModelForCausalLM and AutoTokenizer load it without code of ours: LlamaForCausalLM without QK-Norm, Qwen3ForCausalLM with it.
-The padded rows of the vocabulary stay, as ids that no text encodes to: the softmax was trained over them, so logits and losses
-would change without them.
+AutoModelForCausalLM and AutoTokenizer load it without code of ours: LlamaForCausalLM without QK-Norm,
+Qwen3ForCausalLM with it. The padded rows of the vocabulary stay, as ids that no text encodes to: the softmax
+was trained over them, so logits and losses would change without them.
 """
-import contextlib
 import json
 import os
 import shutil
@@ -17,13 +16,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configurator import fail  # noqa: E402
 from evaluate import fitting_encoding, load_checkpoint  # noqa: E402
 from model import NORM_EPS, ROPE_THETA  # noqa: E402
+from system import write_text, write_whole  # noqa: E402
 
+EOT = "<|endoftext|>"
 NAMES = {  # ours to theirs, inside a block; q_norm and k_norm are Qwen3's own names
     "norm1": "input_layernorm", "norm2": "post_attention_layernorm", "attn": "self_attn", "mlp": "mlp"}
 
 
 def hf_weights(model):
-    """Our weights under Hugging Face's names. The head is the embedding (tie_word_embeddings), so it is not stored."""
+    """Our weights under Hugging Face's names. The head is the embedding (tie_word_embeddings), so it is not
+    stored."""
     weights = {}
     for name, weight in model.state_dict().items():
         if name.startswith("h."):
@@ -36,78 +38,80 @@ def hf_weights(model):
 
 
 def hf_config(config, eot):
-    """config.json: every field that model.py fixes is written out, since defaults differ between versions of transformers."""
+    """config.json: all that model.py fixes is written out, as defaults differ between versions of
+    transformers."""
     qk = config["qk_norm"]
-    rope = dict(rope_type="default", rope_theta=ROPE_THETA)
+    rope = dict(rope_type="default", rope_theta=ROPE_THETA)  # for version 5; version 4 reads the other two
     return dict(
-        architectures=["Qwen3ForCausalLM" if qk else "LlamaForCausalLM"], model_type="qwen3" if qk else "llama",
+        architectures=["Qwen3ForCausalLM" if qk else "LlamaForCausalLM"],
+        model_type="qwen3" if qk else "llama",
         vocab_size=config["vocab_size"], hidden_size=config["n_embd"], intermediate_size=config["ffn_dim"],
-        num_hidden_layers=config["n_layer"], num_attention_heads=config["n_head"], num_key_value_heads=config["n_head"],
-        head_dim=config["n_embd"] // config["n_head"], max_position_embeddings=config["block_size"], hidden_act="silu",
-        rms_norm_eps=NORM_EPS, rope_theta=ROPE_THETA, rope_parameters=rope, rope_scaling=None,  # version 5's name, and version 4's
-        tie_word_embeddings=True, attention_bias=False, attention_dropout=0.0, initializer_range=0.02, use_cache=True,
+        num_hidden_layers=config["n_layer"], num_attention_heads=config["n_head"],
+        num_key_value_heads=config["n_head"], head_dim=config["n_embd"] // config["n_head"],
+        max_position_embeddings=config["block_size"], hidden_act="silu", rms_norm_eps=NORM_EPS,
+        rope_parameters=rope, rope_theta=ROPE_THETA, rope_scaling=None, tie_word_embeddings=True,
+        attention_bias=False, attention_dropout=0.0, initializer_range=0.02, use_cache=True,
         bos_token_id=eot, eos_token_id=eot, pad_token_id=None, dtype="float32", torch_dtype="float32",
-        **(dict(use_sliding_window=False, sliding_window=None) if qk else dict(mlp_bias=False, pretraining_tp=1)))
+        **(dict(use_sliding_window=False, sliding_window=None) if qk else
+           dict(mlp_bias=False, pretraining_tp=1)))
 
 
 def byte_letters():
-    """{byte: the character that stands for it} of byte-level BPE (GPT-2, Radford et al. 2019): printable bytes stand for themselves,
-    the others for characters from 256 on."""
+    """{byte: the character that stands for it} of byte-level BPE (GPT-2, Radford et al. 2019): printable
+    bytes stand for themselves, the others for characters from 256 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
     return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
 
 
 def tokenizer_json(encoding):
-    """tokenizer.json, the format of Hugging Face's tokenizers, of a tiktoken.Encoding with GPT-2's split pattern.
-
-    tiktoken joins two neighbours wherever the result is a token, so a token's merges are all its splits into two tokens, not only
-    the one that it was learned by.
-    """
-    letters = byte_letters()
-    ranks = encoding._mergeable_ranks
+    """tokenizer.json, the format of Hugging Face's tokenizers, of a tiktoken.Encoding with GPT-2's split
+    pattern. tiktoken joins two neighbours wherever the result is a token, so a token's merges are all its
+    splits into two tokens, not only the one that it was learned by."""
+    letters, ranks = byte_letters(), encoding._mergeable_ranks
     text = {token: "".join(letters[b] for b in token) for token in ranks}
-    merges = [[text[token[:i]], text[token[i:]]] for token in sorted(ranks, key=ranks.get) for i in range(1, len(token))
-              if token[:i] in ranks and token[i:] in ranks]
+    merges = [[text[token[:i]], text[token[i:]]] for token in sorted(ranks, key=ranks.get)
+              for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
     byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
-    special = dict(id=encoding.eot_token, content="<|endoftext|>", single_word=False, lstrip=False, rstrip=False, normalized=False,
-                   special=True)
-    return dict(
-        version="1.0", truncation=None, padding=None, added_tokens=[special], normalizer=None, pre_tokenizer=byte_level,
-        post_processor=None, decoder=byte_level,
-        model=dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix="", end_of_word_suffix="", fuse_unk=False,
-                   byte_fallback=False, ignore_merges=False, merges=merges,
-                   vocab={text[token]: rank for token, rank in ranks.items()} | {"<|endoftext|>": encoding.eot_token}))
+    special = dict(id=encoding.eot_token, content=EOT, single_word=False, lstrip=False, rstrip=False,
+                   normalized=False, special=True)
+    model = dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix="",
+                 end_of_word_suffix="", fuse_unk=False, byte_fallback=False, ignore_merges=False,
+                 merges=merges, vocab={text[token]: rank for token, rank in ranks.items()} | {EOT: encoding.eot_token})
+    return dict(version="1.0", truncation=None, padding=None, added_tokens=[special], normalizer=None,
+                pre_tokenizer=byte_level, post_processor=None, decoder=byte_level, model=model)
 
 
 def export(checkpoint, folder):
-    """Write the folder, whole or not at all. ValueError where the checkpoint is none or the folder is there already."""
-    folder = Path(folder)
+    """Write the folder, whole or not at all. ValueError where the checkpoint is none or the folder
+    exists."""
+    folder = Path(folder).expanduser()
     if folder.exists():
         raise ValueError(f"{folder} is there already: give another name or delete it")
     model, config = load_checkpoint(checkpoint)
     encoding = fitting_encoding(config)
-    eot = "<|endoftext|>"
     files = {
         "config.json": hf_config(config, encoding.eot_token),
-        "generation_config.json": dict(bos_token_id=encoding.eot_token, eos_token_id=encoding.eot_token),
+        "generation_config.json": {f"{kind}_token_id": encoding.eot_token for kind in ("bos", "eos", "pad")},
         "tokenizer.json": tokenizer_json(encoding),
         "tokenizer_config.json": dict(
-            tokenizer_class="PreTrainedTokenizerFast", bos_token=eot, eos_token=eot, unk_token=eot,
-            model_max_length=config["block_size"], clean_up_tokenization_spaces=False, add_prefix_space=False),
-    }
+            {f"{kind}_token": EOT for kind in ("bos", "eos", "unk", "pad")},
+            padding_side="left",  # what is generated follows the text
+            tokenizer_class="PreTrainedTokenizerFast", model_max_length=config["block_size"],
+            clean_up_tokenization_spaces=False, add_prefix_space=False)}
     aside = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)  # what a kill left
     try:
         aside.mkdir(parents=True)
         for name, content in files.items():
-            (aside / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        (aside / "model.safetensors").write_bytes(save(hf_weights(model), metadata=dict(format="pt")))
+            write_text(aside / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        weights = save(hf_weights(model), metadata=dict(format="pt"))
+        write_whole(aside / "model.safetensors", lambda f: f.write(weights))
         os.replace(aside, folder)
     finally:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(aside)
-    print(f"{folder}: {files['config.json']['architectures'][0]}, {model.num_params():,} parameters, {encoding.name} tokenizer")
+        shutil.rmtree(aside, ignore_errors=True)
+    print(f"{folder}: {files['config.json']['architectures'][0]}, {model.num_params():,} parameters, "
+          f"{encoding.name} tokenizer")
 
 
 if __name__ == "__main__":

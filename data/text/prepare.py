@@ -1,53 +1,68 @@
-"""Your own text. python data/text/prepare.py PATH [--out DIR] [--tokenizer gpt2|gpt2-4096] [--val_tokens N]
+"""Your own text. python data/text/prepare.py PATH ... [--out DIR] [--tokenizer gpt2-4096] [--val_tokens N]
 
-PATH is a .txt file, a .jsonl file (one JSON object a line, the text under "text"), or a folder of them, taken in sorted order. A
-document is one JSON object, or in .txt a passage: lines up to the first blank one after 1,000 characters, or up to 4,000.
-Val is spread evenly over the text: a document goes to val whenever val has fallen behind its share. Val keeps no document, and in
-.txt no line, that train has too: taking them out of train instead would take every common line out, such as the names of the
-speakers in a play.
+A PATH is a file or a folder of files, taken in sorted order: .txt and .md, .jsonl (one JSON object a line,
+the text under "text"), each also packed as .gz or .zst, and .parquet (the text in the column "text"). A
+document is one object or row, or in .txt and .md a passage: lines up to the first blank one after 1,000
+characters, or up to 4,000.
+Val is spread evenly over the text: a document goes to val whenever val has fallen behind its share. Val keeps
+no document, and in .txt and .md no line, that train has too: taking them out of train instead would take
+every common line out, such as the names of the speakers in a play.
 """
-import argparse
-import codecs
+import gzip
+import io
 import itertools
 import json
-import shlex
+import re
 import sys
+import zlib
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import tokens  # noqa: E402
 
-
-def find_files(path):
-    """Sorted .txt and .jsonl files at or under path."""
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    files = sorted((file for file in files if file.suffix in (".txt", ".jsonl")), key=lambda file: file.as_posix())
-    if not files:
-        raise ValueError(f"{path} holds no .txt or .jsonl file")
-    return files
+ENDINGS = [kind + end for kind in (".txt", ".md", ".jsonl") for end in ("", ".gz", ".zst")] + [".parquet"]
+NOT_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
 def read_documents(files):
-    """Yields (text, by_line) for each document; by_line is true for a passage of .txt.
+    """Yields (text, by_line) for each document; by_line is true for a passage of .txt or .md.
 
-    Raises ValueError that names the file and the byte or line for what is not UTF-8, not JSON, or without "text".
+    Raises ValueError that names the file and the line or row of what cannot be read.
     """
     for file in files:
-        by_line = file.suffix == ".txt"
+        kind = next(ending for ending in ENDINGS if file.name.lower().endswith(ending)).split(".")[1]
         try:
-            with open(file, encoding="utf-8-sig") as f:
-                for text in passages(f) if by_line else objects(file, f):
-                    yield text, by_line
-        except UnicodeDecodeError:
-            raise ValueError(f"{file} is not UTF-8 at byte {first_bad_byte(file):,}: convert it, or leave it out") from None
+            if kind == "parquet":
+                batches = tokens.open_parquet(file).iter_batches(1000, columns=["text"])
+                values = (value.as_py for batch in batches for value in batch["text"])
+                yield from ((text, False) for text in fields(file, "row", values))
+                continue
+            # what is not UTF-8 comes as lone surrogates, and so is found where its line is known
+            with io.TextIOWrapper(unpacked(file), "utf-8-sig", "surrogateescape") as f:
+                if kind == "jsonl":
+                    values = (lambda: json.loads(line)["text"] if line.strip() else "" for line in f)
+                    yield from ((text, False) for text in fields(file, "line", values))
+                else:
+                    yield from ((text, True) for text in passages(file, f))
+        except (EOFError, zlib.error, OSError) as e:
+            raise ValueError(f"{file} cannot be read to its end ({e}): mend it, or leave it out") from None
 
 
-def passages(f):
-    lines, size = [], 0
+def unpacked(file):
+    """A binary file object of what is in a file, which may be packed."""
+    if file.suffix.lower() == ".zst":
+        import pyarrow  # here, since it is slow
+        return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"))
+    return (gzip.open if file.suffix.lower() == ".gz" else open)(file, "rb")
+
+
+def passages(file, f):
+    lines, size, number = [], 0, 1
     while line := f.readline(4000):  # a limit, since a file may be one endless line
+        if NOT_TEXT.search(line):
+            raise ValueError(f"{file} line {number:,} is not UTF-8 (UTF-16?): convert it, or leave it out")
+        number += line.endswith("\n")
         lines.append(line)
         size += len(line)
         if size >= 4000 or size >= 1000 and not line.strip():
@@ -57,30 +72,16 @@ def passages(f):
         yield "".join(lines)
 
 
-def objects(file, f):
-    for number, line in enumerate(f, 1):
-        if not line.strip():
-            continue
+def fields(file, unit, values):
+    """Yields what each of values returns, if it is text that is not blank."""
+    for number, value in enumerate(values, 1):
         try:
-            text = json.loads(line)["text"]
-            text.encode()
+            text = value()
+            text.encode()  # JSON can hold half a surrogate pair, UTF-8 cannot
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise ValueError(f'{file} line {number:,} is not a JSON object with a valid string under "text"') from None
+            raise ValueError(f'{file} {unit} {number:,} has no valid string under "text"') from None
         if text.strip():
             yield text
-
-
-def first_bad_byte(file):
-    decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
-    with open(file, "rb") as f:
-        while block := f.read(2**20):
-            pending = len(decoder.getstate()[0])
-            try:
-                decoder.decode(block)
-            except UnicodeDecodeError as e:
-                return offset - pending + e.start
-            offset += len(block)
-    return offset - len(decoder.getstate()[0])
 
 
 def units(text, by_line):
@@ -98,30 +99,30 @@ def without(texts, common):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("path", type=Path, metavar="PATH")
-    parser.add_argument("--tokenizer", default="gpt2", choices=["gpt2", "gpt2-4096"])
-    parser.add_argument("--val_tokens", type=int, help="about how many (default: a tenth of the text, 1,000,000 at most)")
-    parser.add_argument("--out", type=Path, default=HERE, help="folder to write to (default: this one)")
+    parser = tokens.parser(__doc__, "gpt2", HERE)
+    parser.add_argument("paths", type=tokens.path, metavar="PATH", nargs="+")
+    parser.add_argument("--val_tokens", type=int, help="about how many (default: a tenth, 1,000,000 at most)")
     args = parser.parse_args()
-    files = find_files(args.path)
-    total_bytes = sum(file.stat().st_size for file in files)
+    if args.val_tokens is not None and args.val_tokens <= 0:
+        raise ValueError(f"--val_tokens={args.val_tokens}: it has to be positive")
+    files, named = tokens.find_files(args.paths, ENDINGS), " ".join(map(str, args.paths))
     settings = {"tokenizer": args.tokenizer, "val_tokens": args.val_tokens,
                 "input": tokens.key(" ".join(str(tokens.sha256_of(file)) for file in files)).hex()}
     if tokens.is_whole(args.out, settings):
         return
     encoding = tokens.get_encoding(args.tokenizer)
 
+    # the first two passes read everything, so an error in the input comes up before anything is written
+    total = sum(len(text) for text, _ in read_documents(files))
     sample = [text for text, _ in itertools.islice(read_documents(files), 100)]
-    tokens_a_byte = sum(len(tokens.encode([text], encoding)[0]) for text in sample) / max(1, sum(map(len, sample)))
-    share = (args.val_tokens or 1_000_000) / max(1, total_bytes * tokens_a_byte)
+    n_tokens = total * len(tokens.encode(sample, encoding)[0]) / max(1, sum(map(len, sample)))
+    share = (args.val_tokens or 1_000_000) / max(1, n_tokens)
     if args.val_tokens is None:
         share = min(share, 0.1)
-    elif not 0 < share <= 0.5:
-        raise ValueError(f"{args.path} is too short for --val_tokens={args.val_tokens}: it holds about "
-                         f"{int(total_bytes * tokens_a_byte):,} tokens, and at most half of them can be val")
+    elif share > 0.5:
+        raise ValueError(f"{named} is too short for --val_tokens={args.val_tokens}: it holds about "
+                         f"{int(n_tokens):,} tokens, and at most half of them can be val")
 
-    # the first pass reads everything, so an error in the input comes up before anything is written
     val_texts, val_numbers, val_units, seen, taken = [], set(), set(), 0, 0
     for number, (text, by_line) in enumerate(read_documents(files)):
         seen += len(text)
@@ -131,7 +132,7 @@ def main():
             val_numbers.add(number)
             val_units |= units(text, by_line)
     if not taken:
-        raise ValueError(f"{args.path} is too short to be split: {total_bytes:,} bytes give no val document")
+        raise ValueError(f"{named} is too short to be split: {total:,} characters give no val document")
 
     common = set()
 
@@ -141,15 +142,15 @@ def main():
                 common.update(val_units & units(text, by_line))
                 yield text
 
-    train = tokens.write_bin(args.out / "train.bin", train_texts(), encoding, total_bytes)
+    train = tokens.write_bin(args.out / "train.bin", train_texts(), encoding, total)
     val = tokens.write_bin(args.out / "val_set.bin", without(val_texts, common), encoding)
     if not val["tokens"]:
         for file in tokens.FILES.values():
             (args.out / file).unlink()
-        raise ValueError(f"{args.path} repeats itself: all that could be val is in train as well")
-    tokens.save_meta(args.out, args.tokenizer, train, val, f"{len(files)} files at {args.path.resolve().name}", settings,
-                     shlex.join(["python", "data/text/prepare.py", *sys.argv[1:]]), val_units_dropped=len(common),
-                     split="val: documents spread evenly, less the lines (.txt) or documents (.jsonl) that train has too")
+        raise ValueError(f"{named} repeats itself: all that could be val is in train as well")
+    source = f"{len(files)} files at {', '.join(path.resolve().name for path in args.paths)}"
+    tokens.save_meta(args.out, args.tokenizer, train, val, source, settings, val_units_dropped=len(common),
+                     split="val: documents spread evenly, less the lines or documents that train has too")
 
 
 if __name__ == "__main__":
