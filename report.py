@@ -39,7 +39,8 @@ def measure(runs, seeds, arms):
     """y {name: {arm: (n seeds,)}} of the runs' final values, nan where a run is missing or unfinished."""
     cell = {(r["config"]["arm"], r["config"]["seed"]): r for r in runs}
     value = lambda a, s, name: last(cell[a, s], name) if (a, s) in cell else np.nan
-    return {name: {a: np.array([value(a, s, name) for s in seeds]) for a in arms} for name in ("loss", "logit", "attn_entropy", *PR_DEFINITIONS)}
+    return {name: {a: np.array([value(a, s, name) for s in seeds]) for a in arms}
+            for name in ("loss", "logit", "attn_entropy", *PR_DEFINITIONS)}
 
 
 def evaluated(path):
@@ -99,9 +100,9 @@ def load(study_dir):
     due = {*have, *study.ARMS, *S["registered"].get("arms", []), *FACTORIAL}
     S["arms"] = [a for a in LABELS if a in due]
     S["cell"] = {(r["config"]["arm"], r["config"]["seed"]): r for r in runs}
-    S["configs"] = {a: dict(S["config"], **{k: v for k, v, *_ in assignments(ROOT / f"config/{a}.py")})
-                    for a in S["arms"] if a not in have} | {r["config"]["arm"]: r["config"] for r in sweep + runs}
-    S["configs"] = {a: S["configs"][a] for a in S["arms"]}
+    of = {r["config"]["arm"]: r["config"] for r in sweep + runs}
+    keys = lambda a: {k: v for k, v, *_ in assignments(ROOT / f"config/{a}.py")}  # of an arm that no run is of
+    S["configs"] = {a: of.get(a) or S["config"] | keys(a) for a in S["arms"]}
     S["y"] = measure(runs, S["seeds"], S["arms"])
     S["diverged"] = {a: k for a in FACTORIAL if (k := int(np.isinf(S["y"]["loss"][a]).sum()))}
     S["missing"], others = missing(S)
@@ -148,7 +149,8 @@ def sweep_seeds(S, arm):
     """Seeds that an arm's sweep has or should have: of its choice, else as registered, else of its runs."""
     old = S["registered"]
     seeds = S["picks"].get(arm, {}).get("seeds") or old.get("sweep_seeds")
-    return seeds or [old[k] for k in ("sweep_seed",) if k in old] or sorted({r["config"]["seed"] for r in S["sweep"]}) or [study.FIRST_SWEEP_SEED]
+    seeds = seeds or [old[k] for k in ("sweep_seed",) if k in old] or sorted({r["config"]["seed"] for r in S["sweep"]})
+    return seeds or [study.FIRST_SWEEP_SEED]
 
 
 # ---- registration
@@ -167,7 +169,7 @@ def registration(scale, arms, seeds, sweep_seeds):
                                                                 "layers"},
         contrasts=stats.CONTRASTS, alpha=stats.ALPHA, statistics=" ".join(stats.__doc__.split()),
         thresholds=dict(loss_margin=stats.LOSS_MARGIN, pr_margin=stats.PR_MARGIN, collapse=stats.COLLAPSE,
-                        max_logit=study.LOGIT_FLAG),
+                        caution=stats.CAUTION, max_logit=study.LOGIT_FLAG),
         scenarios=stats.SCENARIOS,
         scenario_order="A, C, B, D: the first whose conditions all hold; otherwise none of the four",
         pr_definitions=PR_DEFINITIONS, pr_rule=f"a PR claim has to hold in sign under {join(stats.PR_NAMES)}",
@@ -350,8 +352,8 @@ td[style*=right] { white-space: nowrap }
 td:first-child { min-width: 8.5rem }
 tr, blockquote { break-inside: avoid }
 blockquote { margin: 1rem 0; padding: .5rem 1rem; border-left: 4px solid #9a6700; background: #fff8e5 }
-pre { padding: .75rem 1rem; background: var(--tint); font-size: .8125rem; line-height: 1.5; white-space: pre-wrap }
-code { font-family: ui-monospace, Menlo, monospace; font-size: .9em; background: var(--tint); padding: .1em .25em }
+pre { padding: .75rem 1rem; background: var(--tint); font-size: .8125rem; white-space: pre-wrap }
+code { font: .9em ui-monospace, Menlo, monospace; background: var(--tint); padding: .1em .25em }
 pre code { padding: 0; font-size: inherit }
 @media (max-width: 30rem) { body { padding: 1.25rem 1rem 3rem; font-size: 1rem } h1 { font-size: 1.5rem }
   h2 { font-size: 1.25rem } td { min-width: 4.5rem } td:last-child { min-width: 7rem } }

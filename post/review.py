@@ -8,7 +8,8 @@ from post import text as post
 from study import LABELS
 
 FORBIDDEN = r"\bprov(?:es|ed|en)\b"
-HEADLINE_WORDS = ["unnecessary", "harmful", "logit control", "collapse", "limited", "lowest", "highest", "best", "wins"]
+HEADLINE_WORDS = ["unnecessary", "harmful", "logit control", "collapse", "limited", "lowest", "highest", "best",
+                  "wins"]
 NUMBER = re.compile(r"(?<![\w.,/:=#])[+\-−]?(\d[\d,]*(?:\.\d+)?|\.\d+)(e[+\-]?\d+)?"  # not glued to a name
                     r"(?:\s?([MkB%])(?!\w))?(?![\w/]|-[A-Za-z])")
 
@@ -38,7 +39,8 @@ def values(obj):
         return [x for v in obj.values() for x in values(v)]
     if isinstance(obj, (list, tuple)):
         return [x for v in obj for x in values(v)]
-    return [float(obj)] if isinstance(obj, (int, float)) and not isinstance(obj, bool) and np.isfinite(obj) else []
+    number = isinstance(obj, (int, float)) and not isinstance(obj, bool) and np.isfinite(obj)
+    return [float(obj)] if number else []
 
 
 def near(pool, value, half):
@@ -55,7 +57,8 @@ def unsupported(text, S):
     kept += [row for pairs in post.checkpoints(S["runs"]).values() for _, row in pairs]
     held = [kept, [r["config"] for r in runs], S["results"], S["picks"], S["registered"]]
     tables = [value for _, _, value, *_ in numbers(post.build(S))]
-    strong, logs = (np.sort(np.abs(found)) for found in (values(held) + tables, values([r["rows"] for r in runs])))
+    ascending = lambda found: np.sort(np.abs(found))
+    strong, logs = ascending(values(held) + tables), ascending(values([r["rows"] for r in runs]))
     bad = []
     for line, written, value, half, suffix, digits in numbers(text):
         tries = [(value, half)] + [(value / 100, half / 100)] * (suffix == "%")
@@ -72,7 +75,8 @@ def section(text, name):
 
 
 def places(text, pattern):
-    return [f"line {n}: {m[0]}" for n, line in enumerate(text.split("\n"), 1) for m in re.finditer(pattern, line, re.I)]
+    return [f"line {n}: {m[0]}" for n, line in enumerate(text.split("\n"), 1)
+            for m in re.finditer(pattern, line, re.I)]
 
 
 def check(path, S):
@@ -81,7 +85,8 @@ def check(path, S):
     c, n, lines = S["config"], len(S["seeds"]), []
 
     def say(what, bad, judge=None):
-        lines.append(("FAIL", what, bad) if bad else ("PERSON", what, [judge]) if judge else ("pass", what, []))
+        state = "FAIL" if bad else "PERSON" if judge else "pass"
+        lines.append((state, what, bad or [judge] * bool(judge)))
 
     say("Every number is in results, logs or tables",
         [f"line {line}: {number} is in no result, log or table" for line, number in unsupported(text, S)])

@@ -93,9 +93,10 @@ def last(run, name):
     if name == "loss":
         return np.nan if run["val_loss"] is None else run["val_loss"]
     if name == "logit":
-        return max((v for row in rows for v in layer_values(row, "max_logit")), default=np.nan)
+        logits = [v for row in rows for v in layer_values(row, "max_logit") if v is not None]
+        return max(logits, default=np.nan)
     values = layer_values(rows[-1], name) if rows and run["status"] == "finished" else []
-    return float(np.mean(values)) if values else np.nan
+    return float(np.mean(values)) if values and None not in values else np.nan
 
 
 def figure(folder, number, caption):
@@ -233,8 +234,8 @@ def tldr(S):
         not_run = S["rates"]["loss", "optimizer"][0] == NOT_RUN
         said.append("Of the six contrasts" + ", at the chosen learning rates alone" * not_run + ", " +
                     join((f"{word}: {what}" for word, what in parts.items() if what), "; ") + ".")
-    words = {"none": "None of the four scenarios of the plan holds", "no verdict": f"No verdict: "
-                                                                                   f"{conditions[0][3]}"}
+    words = {"none": "None of the four scenarios of the plan holds",
+             "no verdict": f"No verdict: {conditions[0][3]}"}
     plan = f"This is scenario {outcome} of the plan"
     plan += ", at the chosen learning rates but not beside them" * rate_bound(S)
     return join([*said, words.get(outcome, plan) + "."], " ")
@@ -391,8 +392,7 @@ def spread_table(y, arms):
     sd = lambda v, digits: f"{v.std(ddof=1):.{digits}f}" if np.isfinite(v).all() else "missing"
     return table(["Config", "Val loss, nats a token", "Mean PR"],
                  [[LABELS[a], *(sd(y[m][a], MEASURES[m][2]) for m in MEASURES)] for a in arms],
-                 f"{MAIN_LOGS}; standard deviation over {n} seeds, {plural(n - 1, 'degree')} of freedom an "
-                 "arm")
+                 f"{MAIN_LOGS}; standard deviation over {n} seeds, each with {plural(n - 1, 'degree')} of freedom")
 
 
 def power_table(y, e, n):
@@ -403,9 +403,9 @@ def power_table(y, e, n):
     found = "found with 80 % power"
     return table(["Contrast", "Val loss, 95 %", found, "seeds for 0.01 nats", "Mean PR, 95 %", found],
                  [[NAMES[c], *cells("loss", c), stats.seeds_needed(y["loss"], CONTRASTS[c]), *cells("pr", c)]
-                  for c in CONTRASTS], "`post/stats.py`, from the spreads above; found: the true effect that "
-                 "such a study would claim 8 times in 10, at the strictest of Holm's steps; seeds: for a 95 "
-                 "% interval of ± 0.01 nats")
+                  for c in CONTRASTS],
+                 "`post/stats.py`, from the spreads above; found: the true effect that such a study would claim "
+                 "8 times in 10, at the strictest of Holm's steps; seeds: for a 95 % interval of ± 0.01 nats")
 
 
 def resolution(S):
@@ -507,7 +507,7 @@ def correlation_table(runs, arms):
     rows = []
     for tokens, pairs in checkpoints(runs).items():
         pairs = [(r["config"]["arm"], row["mean_pr"], row["val_loss"]) for r, row in pairs
-                 if np.isfinite([row["mean_pr"], row["val_loss"]]).all()]
+                 if np.isfinite(np.array([row["mean_pr"], row["val_loss"]], float)).all()]  # None: not finite
         pr, loss = (np.array([p[i] for p in pairs]) for i in (1, 2))
         if len(pairs) < 3 or not np.ptp(pr) or not np.ptp(loss):
             continue
@@ -559,15 +559,14 @@ def downstream(S):
                   [[*row, mean(a, 1, "hellaswag"), mean(a, 2, "lambada")]
                    for a, row in zip(S["arms"], summary(S))],
                   f"`chosen_lr.json`, {MAIN_LOGS}, `results.json`; {spread_words(len(S['seeds']))}")
+    error = f"; the standard error of one run is {100 * max(errors):.1f} points" if any(errors) else ""
     parts = [(part, r) for result in runs.values() for part, r in result.items() if isinstance(r, dict)]
     why_not = {f"Not available: {part}: {r['not_available']}" for part, r in parts if "not_available" in r}
     return paragraphs(each, means, bullets(filter(None, [
         *sorted(why_not),
-        "Chance on HellaSwag is 25 %" + (f"; the standard error of one run is {100 * max(errors):.1f} "
-                                         "points." if any(errors)
-                                         else "."),
-        "GPT-2 124M in the same harness: HellaSwag acc 28.9 %, acc_norm 31.1 %; LAMBADA acc 32.56 %, ppl "
-        "40.06.",
+        f"Chance on HellaSwag is 25 %{error}.",
+        "GPT-2 124M in the same harness: HellaSwag acc 28.9 %, acc_norm 31.1 %; LAMBADA acc 32.56 %, "
+        "ppl 40.06.",
         gaps and f"Evaluated again, final checkpoints differ from the logs' val loss by at most "
                  f"{max(gaps):.4f} nats."])),
         S["scale"] == "80m" and sanity(S["y"], S["configs"], runs))
@@ -582,14 +581,15 @@ def summary(S):
 def sanity(y, configs, results):
     """The ranges that were expected at 80m before any run."""
     of = lambda name: np.mean([y["loss"][a].mean() for a in FACTORIAL if configs[a]["optimizer"] == name])
-    found = lambda task: [x for r in results.values() if (x := (r.get(task) or {}).get(TASKS[task])) is not None]
-    task = lambda name: 100 * np.mean(found(name) or [np.nan])
+    found = lambda name: [(r.get(name) or {}).get(TASKS[name], np.nan) for r in results.values()]
+    task = lambda name: 100 * np.mean([x for x in found(name) if x == x] or [np.nan])
     rows = [("Val loss, mean of the Muon arms", of("muon"), 3.4, 3.6),
             ("AdamW above Muon", of("adamw") - of("muon"), 0.03, 0.1),
             ("HellaSwag, %", task("hellaswag"), 25, 27.5), ("LAMBADA, %", task("lambada"), 3, 15)]
     inside = lambda v, low, high: "missing" if not np.isfinite(v) else "yes" if low <= v <= high else "**no**"
     return table(["Sanity check", "Measured", "Expected", "Inside"],
-                 [[name, spread([v], 3), f"{low} to {high}", inside(v, low, high)] for name, v, low, high in rows],
+                 [[name, spread([v], 3), f"{low} to {high}", inside(v, low, high)]
+                  for name, v, low, high in rows],
                  f"{MAIN_LOGS}, `results.json`; ranges expected before any run, of 80M parameters and 300M "
                  f"tokens of FineWeb-Edu")
 
@@ -629,9 +629,8 @@ def limitations(S):
         f"{count(c['num_params'])} params, a single architecture (LLaMA-style, {c['n_layer']} layers of "
         f"width {c['n_embd']}), one data set, one tokenizer.",
         f"{count(c['max_tokens'])} tokens a run, {c['max_tokens'] / c['num_params']:.2g} a parameter.",
-        f"{plural(n, 'seed')}: " + (f"the spread of an arm has {plural(n - 1, 'degree')} of "
-                                    "freedom." if n > 1 else
-                                    "no spread is known."),
+        f"{plural(n, 'seed')}: " + (f"the spread of an arm has {plural(n - 1, 'degree')} of freedom." if n > 1
+                                    else "no spread is known."),
         half and f"A difference of two arms is known to ± {min(half['loss']):.4f} nats at best and ± "
                  f"{max(half['loss']):.4f} at worst, and to between ± {min(half['pr']):.2f} and ± "
                  f"{max(half['pr']):.2f} of mean PR: smaller effects stay unseen.",
@@ -678,11 +677,11 @@ def spot_checks(runs):
         name = f"{LABELS[r['config']['arm']]}, seed {r['config']['seed']}"
         for x in r["events"]:
             if x["event"] == "spot_check":
-                loss = f"{x['val_loss']:.4f}" + " (not falling)" * (not x["falling"])
+                show = lambda key, digits: "not finite" if x[key] is None else f"{x[key]:.{digits}f}"
+                loss = show("val_loss", 4) + " (not falling)" * (not x["falling"])
                 rows.append([name, count(x["tokens"]), loss, "**yes**" if x["nan"] else "no",
-                             f"{x['mean_pr_before']:.2f} → "
-                                                              f"{x['mean_pr']:.2f}",
-                             f"{x['max_logit_before']:.1f} → {x['max_logit']:.1f}",
+                             f"{show('mean_pr_before', 2)} → {show('mean_pr', 2)}",
+                             f"{show('max_logit_before', 1)} → {show('max_logit', 1)}",
                              join(x["flags"]) or "none"])
             elif x["event"] in ("restart", "diverged"):
                 reason = f", {x['reason']}" if x.get("reason") else ""

@@ -172,8 +172,9 @@ def six(tmp_path_factory):
     """A study with six arms, three seeds, three sweep seeds and neighbours, and its report; never changed by
     a test."""
     d = make(tmp_path_factory.mktemp("six") / "mini", arms=STUDIES["none"] | FROZEN, seeds=(42, 137, 7),
-             sweep_seeds=(1, 2, 3), beside={}, noise=dict(loss=dict(adamw=0.004, adamw_qk=0.02, muon=0.001, muon_qk=0.002),
-                                                          pr=dict(adamw=0.1, adamw_qk=0.9, muon=0.4, muon_qk=0.2)))
+             sweep_seeds=(1, 2, 3), beside={},
+             noise=dict(loss=dict(adamw=0.004, adamw_qk=0.02, muon=0.001, muon_qk=0.002),
+                        pr=dict(adamw=0.1, adamw_qk=0.9, muon=0.4, muon_qk=0.2)))
     (d / "figures/7_rates.png").write_bytes(b"\x89PNG")
     report.report(d)
     return d
@@ -197,9 +198,8 @@ def values(d, arm, name):
 
 def test_further_arms_are_tabled_and_change_no_verdict(six):
     text, S = (six / "report.md").read_text(), report.load(six)
-    for heading in ("configs and why", "### LR tuning", "### Does the choice", "## 3.", "### What 3 "
-                                                                                        "seeds", "side by side", "## 6.",
-                    "| Config | Best LR"):
+    for heading in ("configs and why", "### LR tuning", "### Does the choice", "## 3.", "### What 3 seeds",
+                    "side by side", "## 6.", "| Config | Best LR"):
         names = rows_of(text, heading)
         assert {study.LABELS[a] for a in [*study.FACTORIAL, *FROZEN]} <= names.keys(), heading
     assert "| Muon | no |" in text and "| Muon | yes, gains frozen at one |" in text and "### The 6 configs" in text
@@ -378,7 +378,8 @@ def test_a_study_under_another_name_is_that_of_its_runs(whole, tmp_path):
 
 @pytest.mark.parametrize("spoil, words", [
     (lambda d: shutil.copytree(d / "muon-seed42", d / "muon-seed42.bak"), "muon-seed42.bak is left out"),
-    (lambda d: (d / "adamw-seed7").mkdir() or (d / "adamw-seed7/config.json").write_text(""), "adamw-seed7 is left out"),
+    (lambda d: (d / "adamw-seed7").mkdir() or (d / "adamw-seed7/config.json").write_text(""),
+     "adamw-seed7 is left out"),
     (lambda d: (d / "x-seed7").mkdir() or (d / "x-seed7/config.json").write_text("[1]"), "x-seed7 is left "
                                                                                          "out")])
 def test_one_bad_folder_is_named_and_does_not_block_the_rest(whole, tmp_path, capsys, spoil, words):
@@ -480,6 +481,18 @@ def test_main_runs_that_differ_in_more_than_the_design_are_named(tmp_path):
     assert "The main runs also differ in: weight_decay." in post.build(report.load(d))
 
 
+def test_what_is_not_finite_is_shown_as_such(tmp_path):
+    """A look at broken weights logs null: such a run diverges, and its rows and spot checks stay readable."""
+    d = make(tmp_path / "mini", diverged=["muon-seed42"])
+    path = d / "muon-seed42/log.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines[-4:]:
+        line.update({k: None for k in line if k.startswith(("val_loss", "mean_pr", "pr_", "max_logit"))})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    S = report.load(d)
+    assert "| not finite" in post.build(S) and S["verdict"][0] == "D" and np.isfinite(S["y"]["logit"][M]).all()
+
+
 def test_spot_checks_and_restarts_are_listed(tmp_path):
     d = make(tmp_path / "mini")
     with open(d / "muon-seed42/log.jsonl", "a") as f:
@@ -556,7 +569,8 @@ def test_a_tweak_cannot_make_experiment_config_lie(tmp_path):
         (tmp_path / name).write_text(text.replace(old, new, 1))
 
     def fields():
-        out = subprocess.run([sys.executable, tmp_path / "report.py", "--config", "mini"], capture_output=True, text=True)
+        out = subprocess.run([sys.executable, tmp_path / "report.py", "--config", "mini"], capture_output=True,
+                             text=True)
         return dict(line.split(": ", 1) for line in out.stdout.split("```")[1].strip().split("\n"))
     before = report.scale_config("mini")
     for name, old, new, _ in TWEAKS.values():
@@ -582,7 +596,8 @@ def test_experiment_config_is_of_the_code_that_ran(whole, tmp_path):
     shutil.copytree(whole, d)
     source = d / "adamw-seed42/source"
     source.mkdir()
-    for name, old, new in (("train.py", "then cosine", "then a staircase"), ("muon.py", "momentum=0.95", "momentum=0.8"),
+    for name, old, new in (("train.py", "then cosine", "then a staircase"),
+                           ("muon.py", "momentum=0.95", "momentum=0.8"),
                            ("model.py", "self.q_norm(q), self.k_norm(k)", "self.q_norm(q), k")):
         (source / name).write_text((ROOT / name).read_text().replace(old, new))
     text = report.load(d)["experiment_config"]
@@ -687,7 +702,8 @@ def test_the_last_lines_name_verdict_table_and_files(whole, tmp_path, capsys):
     report.report(edited(whole, tmp_path, lambda text: text + "Mine.\n").parent)
     out = capsys.readouterr().out
     S = report.load(whole)
-    assert f"verdict: none. {S['title']}" in out and "report.new.md" in out and "report.html" in out and "figures" in out
+    assert f"verdict: none. {S['title']}" in out
+    assert "report.new.md" in out and "report.html" in out and "figures" in out
     for a in study.FACTORIAL:
         line = next(x for x in out.split("\n") if x.startswith(study.LABELS[a] + "  "))
         assert f"{study.chosen(whole)[a]['lr']:g} " in line and f"{S['y']['loss'][a].mean():.4f}" in line
@@ -728,7 +744,8 @@ def test_command_line_and_exit_status(whole, tmp_path):
 @pytest.mark.parametrize("args, words", [
     (["{}/nothing"], "holds no run"), (["--config", "9b"], "9b"), ([], "usage"),
     (["--check", "{}/nothing/report.md"], "holds no run"),
-    (["--preregister", "{}/out/huge"], "huge"), (["--preregister", "{}/mini"], "no out/SCALE"), (["{}/bad"], "results.json")])
+    (["--preregister", "{}/out/huge"], "huge"), (["--preregister", "{}/mini"], "no out/SCALE"),
+    (["{}/bad"], "results.json")])
 def test_bad_input_gets_one_line(args, words, tmp_path, monkeypatch):
     make(tmp_path / "bad")
     (tmp_path / "bad/results.json").write_text("{")
