@@ -222,7 +222,7 @@ def registration_state(S):
              f"The scale {S['scale']} is no more in study.py, so what changed since is not known."]
     words += [f"Not in it, because it was written by an older version: {join(new)}."] * bool(new)
     words += [f"Not the registered file, to the byte: {join(edited)}."] * bool(edited and known)
-    words += [f"Arms that were not registered: {join(extra)}."] * bool(extra)
+    words += [f"Arms that were not registered: {join(extra, '; ')}."] * bool(extra)
     if ran and ran != sorted(due):
         words.append(f"Registered seeds of the sweep: {join(due)}; of its runs: {join(ran)}.")
     if set(S["seeds"]) != set(old["seeds"]):

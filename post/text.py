@@ -618,9 +618,11 @@ def logits(y, e):
 def limitations(S):
     c, y, n = S["config"], S["y"], len(S["seeds"])
     picks = {a: p for a, p in S["picks"].items() if a in S["arms"]}
-    wide = join(LABELS[a] for a, p in picks.items() if not p["bracketed"])
-    ties = join(LABELS[a] for a, p in picks.items() if p["tie"])
-    lost = join(f"{LABELS[a]} {k} of {n}" for a in S["arms"] if (k := np.isinf(y["loss"][a]).sum()))
+    each = lambda items: join(items, "; ")  # a label may hold a comma
+    wide = each(LABELS[a] for a, p in picks.items() if not p["bracketed"])
+    ties = each(LABELS[a] for a, p in picks.items() if p["tie"])
+    lost = each(f"{LABELS[a]} {k} of {n}" for a in S["arms"] if (k := np.isinf(y["loss"][a]).sum()))
+    off = each(LABELS[a] for a, at in S["near"].items() if min(at["loss"]) < at["loss"][1])
     restarts = sum(e["event"] == "restart" for r in S["runs"] for e in r["events"])
     half = {m: [stats.pair(y[m], a, b)["half"] for a, b in itertools.combinations(FACTORIAL, 2)]
             for m in MEASURES if S["verdict"][2]}
@@ -644,6 +646,7 @@ def limitations(S):
         wide and f"Not bracketed, so perhaps not at its best learning rate: {wide}.",
         ties and f"A tie between neighbouring learning rates, so that chance had a part in the choice: "
                  f"{ties}.",
+        off and f"At the main budget half or twice the chosen learning rate ended lower, in one seed: {off}.",
         not S["near"] and "No arm was trained at the rates beside its own for the main budget: how far an "
                           "effect is one of the learning rate is not known.",
         lost and f"Diverged main runs: {lost}. An infinite loss is a result, and is in no mean.",

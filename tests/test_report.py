@@ -304,6 +304,7 @@ def test_rate_states_are_those_of_all_81_choices():
     ("none", dict(change={}), ["Muon lowers val loss", "holds at neighbouring rates, -"]),
     ("none", dict(change={A: (-0.5, 0.02)}), ["dependent on the learning rate: optimizer on val "
                                               "loss", "depends on the rate, -",
+                                              "ended lower, in one seed: AdamW.",
                                               "| **no**, half is better |"]),
     ("A", None, ["Muon provides implicit", "(neighbouring learning rates were not run)"]),
     ("A", dict(change={MQ: (-0.4, 0.02)}), ["# Scenario A at the chosen learning rates, but not at half and "
@@ -333,7 +334,7 @@ def test_ties_and_sweep_seeds_stand_in_the_learning_rate_table(whole, tmp_path):
     d = make(tmp_path / "mini", sweep_seeds=(1, 2, 3), noise=dict(loss=dict(adamw=0.2)))
     text, picks = post.build(report.load(d)), study.chosen(d)
     assert "with seeds 1, 2, 3. The lowest mean" in text
-    tied = ", ".join(study.LABELS[a] for a, p in picks.items() if p["tie"])
+    tied = "; ".join(study.LABELS[a] for a, p in picks.items() if p["tie"])
     assert tied and f"so that chance had a part in the choice: {tied}." in text
     for a, cells in zip(picks, rows_of(text, "### LR tuning").values()):
         p, won = picks[a], next(t for t in picks[a]["tried"] if t["lr"] == picks[a]["lr"])
