@@ -1,7 +1,7 @@
 """Config files and --key=value over a script's own globals, checked.
 
-A script's keys are the plain assignments at its top, up to the line that calls configure(). Config files are plain
-assignments too: nothing in them is executed.
+A script's keys are the plain assignments at its top, up to the line that calls configure(). Config
+files are plain assignments too: nothing in them is executed.
 """
 import ast
 import difflib
@@ -23,8 +23,9 @@ def find(path):
 
 
 def assignments(path, until=None):
-    """[(key, value, comment, line number)] of the plain `key = literal  # comment` lines of a file; headings come as
-    (None, heading, "", line number). ValueError for anything else, unless `until` names the call that ends the part to read."""
+    """[(key, value, comment, line number)] of the plain `key = literal  # comment` lines of a file;
+    headings come as (None, heading, "", line number). ValueError for anything else, unless `until`
+    names the call that ends the part to read."""
     try:
         text = Path(path).read_text(encoding="utf-8")
         body = ast.parse(text).body
@@ -36,7 +37,8 @@ def assignments(path, until=None):
     for node in body:
         if until and until in ast.unparse(node):
             break
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) or until and not isinstance(node, ast.Assign):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) \
+                or until and not isinstance(node, ast.Assign):
             continue  # docstring, or an import of the script itself
         above = lines[node.lineno - 2] if node.lineno > 1 else ""
         if until and above.startswith("# "):
@@ -45,7 +47,8 @@ def assignments(path, until=None):
             key, value = node.targets[0].id, ast.literal_eval(node.value)
             comment = lines[node.end_lineno - 1][node.end_col_offset:].strip().lstrip("# ")
         except (AttributeError, ValueError):
-            raise ValueError(f"{path}, line {node.lineno}: not a plain assignment: write `key = value`") from None
+            raise ValueError(f"{path}, line {node.lineno}: not a plain assignment: "
+                             f"write `key = value`") from None
         found.append((key, value, comment, node.lineno))
     return found
 
@@ -76,8 +79,9 @@ def known(key, defaults, where):
 
 
 def resolve(script, args):
-    """All keys of a script as {key: value}: its defaults, then config files and --key=value in order, later ones
-    win. ValueError, in one line, for an unknown key, a wrong type or a file that is no config file."""
+    """All keys of a script as {key: value}: its defaults, then config files and --key=value in
+    order, later ones win. ValueError, in one line, for an unknown key, a wrong type or a file
+    that is no config file."""
     defaults = {key: value for key, value, _, _ in assignments(script, "configure(") if key}
     config = dict(defaults)
     for arg in args:
@@ -98,7 +102,8 @@ def resolve(script, args):
 
 
 def configure(script, args=None):
-    """resolve() for a script's own command line: prints the keys and leaves on --help, ends in one line on an error."""
+    """resolve() for a script's own command line: prints the keys and leaves on --help, ends
+    in one line on an error."""
     args = sys.argv[1:] if args is None else args
     try:
         if "--help" in args or "-h" in args:

@@ -1,7 +1,7 @@
 """The decoder of the study: RMSNorm, RoPE, SwiGLU, tied embeddings, no biases, optional QK-Norm.
 
-Without QK-Norm it computes what Hugging Face's LlamaForCausalLM computes, with it what Qwen3ForCausalLM computes, so
-export.py only renames weights. Head dim is n_embd / n_head, 64 at every scale of the study.
+Without QK-Norm it computes what Hugging Face's LlamaForCausalLM computes, with it what Qwen3ForCausalLM
+computes, so export.py only renames weights. Head dim is n_embd / n_head, 64 at every scale of the study.
 """
 import math
 from dataclasses import dataclass
@@ -28,7 +28,8 @@ class GPTConfig:
 
 
 def gpt_config(keys):
-    """The GPTConfig in a dict of train.py's keys, such as a config.json; a key from before it existed has its default."""
+    """The GPTConfig in a dict of train.py's keys, such as a config.json; a key from before it
+    existed has its default."""
     return GPTConfig(**{field: keys[field] for field in GPTConfig.__dataclass_fields__ if field in keys})
 
 
@@ -55,17 +56,19 @@ def rope_table(block_size, head_dim, device=None):
 
 
 def apply_rope(x, cos, sin):
-    """Rotate x (B, n_head, T, head_dim) by tables (T, head_dim) or (B, 1, T, head_dim); the dtype of x is kept."""
+    """Rotate x (B, n_head, T, head_dim) by tables (T, head_dim) or (B, 1, T, head_dim);
+    the dtype of x is kept."""
     x1, x2 = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((-x2, x1), dim=-1) * sin).to(x.dtype)
 
 
 def causal_blocks(q, k, v):
-    """Causal attention of q, k, v (B, n_head, T, head_dim) in blocks of CPU_BLOCK queries, each against the keys up to
-    its end. The same sum as scaled_dot_product_attention, which a CPU does slowly: its backward pass, and long rows.
-    Scores of bfloat16 q and k are rounded to bfloat16."""
+    """Causal attention of q, k, v (B, n_head, T, head_dim) in blocks of CPU_BLOCK queries, each against
+    the keys up to its end. The same sum as scaled_dot_product_attention, which a CPU does slowly: its
+    backward pass, and long rows. Scores of bfloat16 q and k are rounded to bfloat16."""
     q, out = q * q.shape[-1] ** -0.5, []  # a power of two at head_dim 64: nothing is rounded
-    ks, vs = k.split(CPU_BLOCK, -2), v.split(CPU_BLOCK, -2)  # joined below: 8 % of a step at 4m against slicing k and v
+    # joined below: 8 % of a step at 4m against slicing k and v
+    ks, vs = k.split(CPU_BLOCK, -2), v.split(CPU_BLOCK, -2)
     for i, queries in enumerate(q.split(CPU_BLOCK, -2)):
         scores = (queries @ torch.cat(ks[:i + 1], -2).mT).float()
         at = torch.arange(queries.shape[-2], device=q.device)
@@ -96,9 +99,11 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.head_dim, config.qk_gain) if config.qk_norm else nn.Identity()
 
     def qkv(self, x, cos, sin):
-        """Queries, keys and values (B, n_head, T, head_dim) of x (B, T, n_embd), as attention sees them; cos, sin: RoPE's
-        tables. Here is what QK-Norm does and where: the probes measure what this returns."""
-        q, k, v = (proj(x).unflatten(-1, (self.n_head, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        """Queries, keys and values (B, n_head, T, head_dim) of x (B, T, n_embd), as attention
+        sees them; cos, sin: RoPE's tables. Here is what QK-Norm does and where: the probes
+        measure what this returns."""
+        q, k, v = (proj(x).unflatten(-1, (self.n_head, self.head_dim))
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
@@ -139,7 +144,8 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         if config.n_embd % config.n_head:
-            raise ValueError(f"n_embd {config.n_embd} does not divide by n_head {config.n_head}: change one of them")
+            raise ValueError(f"n_embd {config.n_embd} does not divide by n_head {config.n_head}: "
+                             f"change one of them")
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)  # also the output head
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -150,12 +156,13 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator):
-        """GPT-2's init: normal(0, 0.02), projections into the residual stream divided by sqrt(2 n_layer). Gains are one and draw
-        nothing, so all arms of a seed start from the same matrices. generator: a CPU one, so that every device starts from
-        the same weights."""
+        """GPT-2's init: normal(0, 0.02), projections into the residual stream divided by
+        sqrt(2 n_layer). Gains are one and draw nothing, so all arms of a seed start from the same
+        matrices. generator: a CPU one, so that every device starts from the same weights."""
         for name, p in self.named_parameters():
             if p.ndim == 2:
-                std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) \
+                    if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
                 p.copy_(torch.randn(p.shape, generator=generator) * std)
             else:
                 p.fill_(1.0)
@@ -165,7 +172,8 @@ class GPT(nn.Module):
         """Final normed hidden states (B, T, n_embd) of token ids idx (B, T)."""
         T = idx.shape[1]
         if T > self.config.block_size:
-            raise ValueError(f"{T} tokens are longer than block_size {self.config.block_size}: cut the context")
+            raise ValueError(f"{T} tokens are longer than block_size {self.config.block_size}: "
+                             f"cut the context")
         x = self.wte(idx)
         for block in self.h:
             x = block(x, self.cos[:T], self.sin[:T])
@@ -178,7 +186,8 @@ class GPT(nn.Module):
     def loss(self, hidden, targets, reduction="mean"):
         """Cross-entropy in nats of hidden (B, T, n_embd) against targets (B, T); targets of -1 do not count.
         reduction: 'mean' a scalar, 'none' (B, T)."""
-        losses = F.cross_entropy(self.logits(hidden).flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction)
+        losses = F.cross_entropy(self.logits(hidden).flatten(0, 1), targets.flatten(), ignore_index=-1,
+                                 reduction=reduction)
         return losses if reduction == "mean" else losses.view_as(targets)
 
     def forward(self, idx, targets=None):
@@ -187,8 +196,9 @@ class GPT(nn.Module):
         return self.logits(x) if targets is None else self.loss(x, targets)
 
     def compile_parts(self):
-        """torch.compile of a block, one graph for all n_layer of them, and of the loss. Of the whole it would take twice as long
-        at 6 layers and more at 22; nested_compile_region, meant for this, gives wrong gradients in float32 in torch 2.13."""
+        """torch.compile of a block, one graph for all n_layer of them, and of the loss. Of the whole it
+        would take twice as long at 6 layers and more at 22; nested_compile_region, meant for this,
+        gives wrong gradients in float32 in torch 2.13."""
         for block in self.h:
             block.compile(dynamic=False)
         self.loss = torch.compile(self.loss, dynamic=False)
@@ -198,9 +208,9 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def flops_per_token(self):
-        """Training FLOPs a token, forward and backward: 6 for each weight of a matrix product (the tied head counts,
-        the look-up does not) and 12 * n_layer * n_embd * T / 2 for causal attention (PaLM, arXiv:2204.02311, app. B,
-        halved for the mask)."""
+        """Training FLOPs a token, forward and backward: 6 for each weight of a matrix product (the tied
+        head counts, the look-up does not) and 12 * n_layer * n_embd * T / 2 for causal attention (PaLM,
+        arXiv:2204.02311, app. B, halved for the mask)."""
         c = self.config
         matrices = sum(p.numel() for p in self.parameters() if p.ndim == 2)
         return 6 * matrices + 6 * c.n_layer * c.n_embd * c.block_size

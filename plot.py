@@ -1,32 +1,44 @@
-"""The six figures of a study, from its logs alone: python plot.py out/SCALE
+"""The figures of a study, from its logs alone; every metric of one run; two or more studies or runs compared.
 
-Writes out/SCALE/figures/1_val_loss ... 6_lr_sweep as .png and .svg. A half-done study gives the figures that it can
-give; what is missing is printed, one line each.
+    python plot.py out/mini                 the study's seven figures, in out/mini/figures
+    python plot.py out/mini/muon-seed42     all that this run has logged, in its run.png; also while it runs
+    python plot.py out/mini out/mini_tweak  val loss and mean PR of both, in the last one's figures
+
+Each comes as .png and .svg. A half-done study gives the figures that it can give; what is missing is printed.
 """
+import collections
 import io
-import json
+import itertools
 import math
 import os
+import re
 import sys
-from pathlib import Path
+import textwrap
 
 import matplotlib
 import numpy as np
+from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from configurator import fail
-from study import ARMS, LABELS, SCALES, SEEDS, chosen, layer_values, load_runs
+from configurator import fail, find
+from study import (KINDS, LABELS, SCALES, SEEDS, arms_of, chosen, grid, head_dim, layer_values, load_run,
+                   load_runs, neighbour_lrs, read_json, run_name, sweep_seeds)
+from system import write_whole
 
-# Okabe-Ito: one hue an optimizer, its lighter one and dashes for QK-Norm; markers, so that it reads in grey too
-LOOKS = [("#D55E00", "-", "o"), ("#E69F00", "--", "s"), ("#0072B2", "-", "^"), ("#56B4E9", "--", "D"),
-         ("#009E73", "-.", "v"), ("#CC79A7", ":", "P"), ("#000000", "-", "X")]
-STYLE = {arm: dict(color=c, linestyle=l, marker=m) for arm, (c, l, m) in zip(ARMS, LOOKS)}
+# Okabe-Ito: one hue an optimizer, lighter and dashed for QK-Norm, darker and dotted for frozen gains; markers
+# for grey print
+LOOKS = {"adamw": ("#D55E00", "-", "o"), "adamw_qk": ("#E69F00", "--", "s"),
+         "muon": ("#0072B2", "-", "^"), "muon_qk": ("#56B4E9", "--", "D"),
+         "adamw_qk_frozen": ("#7A3300", ":", "v"), "muon_qk_frozen": ("#003B66", ":", "P")}
+MORE = [("#009E73", "-.", "<"), ("#CC79A7", "-.", ">"), ("#000000", "-.", "p"), ("#8A7A00", "-.", "h")]
+STYLE = {arm: dict(zip(("color", "linestyle", "marker"), LOOKS.get(arm, MORE[i % len(MORE)])))
+         for i, arm in enumerate(LABELS)}
+DASHES = ["-", (0, (3, 1.5)), (0, (1, 1)), (0, (6, 2, 1, 2))]  # of the studies in a comparison
 GREY = "#666666"
 WIDTH = 7  # inches: a blog shows it at about 700 pixels, where 10 points are 14 pixels
 LOSS = "validation loss (nats a token)"
-PR = "mean PR1 of keys after RoPE, of {}"
 matplotlib.rcParams.update({
     "font.size": 10, "axes.titlesize": 10, "axes.labelsize": 10, "xtick.labelsize": 9, "ytick.labelsize": 9,
     "legend.fontsize": 9, "legend.title_fontsize": 9, "legend.frameon": False, "legend.handlelength": 3.2,
@@ -36,9 +48,9 @@ matplotlib.rcParams.update({
     "svg.hashsalt": "plot"})
 
 
-def millions(tokens):
-    """1966080 -> '1.97M'."""
-    return f"{tokens / 1e6:.3g}M"
+def amount(tokens):
+    """1966080 -> '1.97M', 20480 -> '20.5k'."""
+    return f"{tokens / 1e6:.3g}M" if tokens >= 1e5 else f"{tokens / 1e3:.3g}k" if tokens else "0"
 
 
 def short(lr):
@@ -49,18 +61,39 @@ def short(lr):
 
 # ---- what the logs hold
 def by_arm(runs):
-    """{arm: its runs} in the order of ARMS, without arms that have none."""
-    groups = {arm: [r for r in runs if r["config"]["arm"] == arm] for arm in ARMS}
+    """{arm: its runs} in the order of LABELS, without arms that have none."""
+    groups = {arm: [r for r in runs if r["config"]["arm"] == arm] for arm in LABELS}
     return {arm: group for arm, group in groups.items() if group}
+
+
+def by_rate(runs):
+    """{learning rate: its runs}, ascending."""
+    rates = sorted({r["config"]["learning_rate"] for r in runs})
+    return {lr: [r for r in runs if r["config"]["learning_rate"] == lr] for lr in rates}
+
+
+def mean_by_rate(runs, key):
+    """Learning rates where no run diverged, and the mean over seeds of key at the end there, each (n,)."""
+    return np.array([(lr, np.mean([value(r["rows"][-1], key) for r in group]))
+                     for lr, group in by_rate(runs).items() if group == finished(group)]).reshape(-1, 2).T
 
 
 def alive(runs):
     return [r for r in runs if r["status"] != "diverged"]
 
 
+def finished(runs):
+    return [r for r in runs if r["status"] == "finished"]
+
+
+def value(row, key):
+    """A log row's value under key, or the mean of key_layer_0, _1, ...; nan where it has neither."""
+    return float(np.mean(np.array(layer_values(row, key) or [row.get(key)], dtype=float)))  # None becomes nan
+
+
 def series(run, key):
-    """Tokens and values, each (n,), of the rows of a run that have a finite value under key."""
-    pairs = [(r["tokens"], r[key]) for r in run["rows"] if r.get(key) is not None and math.isfinite(r[key])]
+    """Tokens and values, each (n,), of the rows of a run that have a finite value() under key."""
+    pairs = [(r["tokens"], y) for r in run["rows"] if math.isfinite(y := value(r, key))]
     return np.array(pairs, dtype=float).reshape(-1, 2).T
 
 
@@ -68,7 +101,8 @@ def over_seeds(runs, key):
     """Tokens (n,) that all runs share, and the values of key there, (n_runs, n)."""
     curves = [dict(zip(*series(r, key))) for r in runs]
     tokens = sorted(set.intersection(*map(set, curves))) if curves else []
-    return np.array(tokens), np.array([[c[t] for t in tokens] for c in curves]).reshape(len(curves), len(tokens))
+    values = np.array([[c[t] for t in tokens] for c in curves])
+    return np.array(tokens), values.reshape(len(curves), len(tokens))
 
 
 def checkpoints(run):
@@ -78,7 +112,7 @@ def checkpoints(run):
 
 
 def latest_common(main):
-    """The largest token count at which every arm that has a checkpoint has one, or None: arms compare only there."""
+    """The largest token count at which every arm that has a checkpoint has one, or None."""
     sets = [s for group in by_arm(alive(main)).values() if (s := set().union(*map(checkpoints, group)))]
     return max(set.intersection(*sets) or set.union(*sets)) if sets else None
 
@@ -89,8 +123,8 @@ def rows_at(runs, tokens):
 
 
 def spectrum(run, layer, step):
-    """Singular values (head_dim,) of a run's keys, each head divided by its largest, mean over heads; None, and a line
-    that says so, where the file is missing or broken."""
+    """Singular values (head_dim,) of a run's keys, each head divided by its largest, mean over heads; None, and
+    a line on it, where the file is missing or broken."""
     try:
         s = np.load(run["dir"] / f"sv_layer_{layer}_step_{step}.npy").astype(float)
         return (s / s[:, :1]).mean(0)
@@ -99,78 +133,118 @@ def spectrum(run, layer, step):
 
 
 # ---- what the figures share
-SEEDS_NOTE = "thick: mean over seeds; thin: each seed; shading: min to max; numbers: at the end of the budget"
+def pr_label(runs):
+    tops = sorted({head_dim(r["config"]) for r in runs})
+    return f"mean PR1 of keys after RoPE, of {' or '.join(map(str, tops))}"
 
 
-def legend(fig, runs, title, final=lambda ends: "", extra=[]):
-    """One legend under the whole figure. final(last rows of an arm's finished runs): the text after its name."""
-    handles = []
-    for arm, group in by_arm(runs).items():
-        lost, ends = len(group) - len(alive(group)), [r["rows"][-1] for r in group if r["status"] == "finished"]
-        seeds = f" ({len(group)} seed{'s' * (len(group) > 1)}{f', {lost} diverged' * bool(lost)})"
-        label = LABELS[arm] + (final(ends) if ends else "") + seeds
-        handles.append(Line2D([], [], **STYLE[arm], linewidth=2, label=label))
-    fig.legend(handles=handles + extra, loc="outside lower center", ncols=3 if extra else 2, title=title)
+def legend(fig, handles, title=None):
+    """One legend under the whole figure, in as many columns as fit; a figure grows with its rows."""
+    for ncols in (2, 1) if len(handles) == 4 else (3, 2, 1):
+        box = fig.legend(handles=handles, loc="outside lower center", ncols=ncols, title=title)
+        if ncols == 1 or box.get_window_extent().width < 0.98 * fig.bbox.width:
+            break
+        box.remove()
+    if isinstance(fig, Figure):
+        fig.set_figheight(fig.get_figheight() + 0.18 * max(0, math.ceil(len(handles) / ncols) - 2))
 
 
-def curves(ax, main, key, start, informative):
-    """Thin line of each seed, mean line and shading of each arm against millions of tokens from `start` on; values from
+def arm_handles(main, text=lambda group: "", **look):
+    """Legend entries of arms: LABELS and text(the arm's runs)."""
+    return [Line2D([], [], linewidth=2, label=LABELS[arm] + text(group), **STYLE[arm] | look)
+            for arm, group in by_arm(main).items()]
+
+
+def seeds_text(group):
+    lost = ", ".join(str(r["config"]["seed"]) for r in group if r["status"] == "diverged")
+    return f" ({len(group)} seed{'s' * (len(group) > 1)}{f'; X: {lost} diverged' * bool(lost)})"
+
+
+def curve_legend(fig, studies, names, key, digits):
+    """The legend of a figure of curves, with each arm's mean at the end of its budget."""
+    def numbers(group):
+        ends = [[value(r["rows"][-1], key) for r in finished(group) if r in study] for study in studies]
+        texts = [f"{np.mean(y):.{digits}f}" if y else "none" for y in ends]
+        return ": " + ", ".join(texts) if any(ends) else ""
+
+    if names:
+        handles = arm_handles(sum(studies, []), numbers, linestyle="none")
+        handles += [Line2D([], [], color=GREY, lw=2, linestyle=d, label=n) for n, d in zip(names, DASHES)]
+        note = "lines: means over seeds; numbers: at the end of the budget, in the order of the names"
+    else:
+        handles = arm_handles(studies[0], lambda group: numbers(group) + seeds_text(group))
+        note = ("thick: mean over seeds; thin: each seed; shading: min to max; "
+                "numbers: at the end of the budget")
+    legend(fig, handles, note)
+
+
+def tokens_axis(ax, start, end, ticks=6):
+    size, unit = (1e6, "millions") if end >= 1e5 else (1e3, "thousands")
+    ax.set(xlabel=f"training tokens ({unit})", xlim=(start, 1.02 * end - 0.02 * start))
+    ax.xaxis.set(major_locator=MaxNLocator(ticks, steps=[1, 2, 5, 10]),
+                 major_formatter=FuncFormatter(lambda t, _: f"{t / size:g}"))
+
+
+def curves(ax, studies, key, start, informative, ticks=6):
+    """Thin line of each seed, mean line and shading of each arm against tokens from `start` on. Values from
     `informative` tokens on rule the axis, those of diverged runs only where there is no other."""
-    shown = [series(r, key) for r in alive(main) or main]
+    runs = sum(studies, [])
+    shown = [series(r, key) for r in alive(runs) or runs]
     values = np.concatenate([y[x >= informative] for x, y in shown])
     values = values if len(values) else np.concatenate([y for _, y in shown])
-    pad, end = 0.04 * np.ptp(values) or 0.1, max(series(r, key)[0][-1] for r in main)
+    pad, end = 0.04 * np.ptp(values) or 0.1, max(series(r, key)[0][-1] for r in runs)
     low, high = values.min() - pad, values.max() + pad
-    for arm, group in by_arm(main).items():
-        color = STYLE[arm]["color"]
-        for run in group:
-            x, y = series(run, key)
-            ax.plot(x / 1e6, y, color=color, linewidth=0.7, alpha=0.8)
-            if run["status"] == "diverged" and x[-1] >= start:
-                at, text = (x[-1] / 1e6, np.clip(y[-1], low, high)), f"seed {run['config']['seed']} diverged"
-                left = x[-1] > start + 0.75 * (end - start)
-                ax.plot(*at, "X", color=color, markersize=11, markeredgecolor="white", clip_on=False, zorder=5)
-                ax.annotate(text, at, (0, 9), textcoords="offset points", ha="right" if left else "left", fontsize=8,
-                            bbox=dict(facecolor="white", edgecolor="none", alpha=0.8, pad=1), zorder=4)
-        x, y = over_seeds(alive(group), key)
-        if len(x):
-            marks = {t for run in group for t in checkpoints(run)}
-            ax.plot(x / 1e6, y.mean(0), **STYLE[arm], linewidth=2, markevery=[i for i, t in enumerate(x) if t in marks])
-            ax.fill_between(x / 1e6, y.min(0), y.max(0), color=color, alpha=0.18, linewidth=0)
-    ax.set(xlabel="training tokens (millions)", ylim=(low, high), xlim=(start / 1e6, (1.02 * end - 0.02 * start) / 1e6))
+    tokens_axis(ax, start, end, ticks)
+    ax.set_ylim(low, high)
+    for dash, main in zip(DASHES, studies):
+        for arm, group in by_arm(main).items():
+            color, look = STYLE[arm]["color"], STYLE[arm] | (dict(linestyle=dash) if len(studies) > 1 else {})
+            for run in group:
+                x, y = series(run, key)
+                lost = run["status"] == "diverged"
+                if lost or len(group) > 1 and len(studies) == 1:  # they would fill the gaps of dashed lines
+                    ax.plot(x, y, color=color, linewidth=0.7, alpha=0.8)
+                if lost and x[-1] >= start:
+                    ax.plot(x[-1], np.clip(y[-1], low, high), "X", color=color, markersize=11,
+                            markeredgecolor="white", clip_on=False, zorder=5)
+            x, y = over_seeds(alive(group), key)
+            if len(x):
+                marks = np.flatnonzero(np.isin(x, [t for run in group for t in checkpoints(run)]))
+                ax.plot(x, y.mean(0), **look, linewidth=2, markevery=list(marks))
+                ax.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.18, linewidth=0)
 
 
 # ---- the figures
-def val_loss(main):
-    fig = Figure((WIDTH, 4.4))
+def val_loss(*studies, names=()):
+    fig, runs = Figure((WIDTH, 4.4)), sum(studies, [])
     whole, tail = fig.subplots(1, 2, width_ratios=[3, 2])
-    end = max(series(r, "val_loss")[0][-1] for r in main)
+    end = max(series(r, "val_loss")[0][-1] for r in runs)
     # step 0 and the first fall would leave a hair's breadth to the differences of the arms
-    curves(whole, main, "val_loss", 0, 0.1 * end)
-    curves(tail, main, "val_loss", 2 / 3 * end, 2 / 3 * end)
+    curves(whole, studies, "val_loss", 0, 0.1 * end)
+    curves(tail, studies, "val_loss", 2 / 3 * end, 2 / 3 * end, ticks=3)
     whole.set_ylabel(LOSS)
-    first = np.mean([series(r, "val_loss")[1][0] for r in main])
+    first = np.mean([series(r, "val_loss")[1][0] for r in runs])
     whole.set_title(f"whole run; it begins above the axis, at {first:.2f}", color=GREY, fontsize=9)
     tail.set_title("last third, enlarged", color=GREY, fontsize=9)
     fig.suptitle("Validation loss")
-    legend(fig, main, SEEDS_NOTE, lambda ends: f": {np.mean([row['val_loss'] for row in ends]):.3f}")
+    curve_legend(fig, studies, names, "val_loss", 3)
     return fig
 
 
-def mean_pr(main, top):
+def mean_pr(*studies, names=()):
     fig = Figure((WIDTH, 4.4))
     ax = fig.subplots()
-    curves(ax, main, "mean_pr", 0, 0)
-    ax.set_ylabel(PR.format(top))
+    curves(ax, studies, "mean_pr", 0, 0)
+    ax.set_ylabel(pr_label(sum(studies, [])))
     fig.suptitle("Mean participation ratio over training")
-    legend(fig, main, SEEDS_NOTE, lambda ends: f": {np.mean([row['mean_pr'] for row in ends]):.1f}")
+    curve_legend(fig, studies, names, "mean_pr", 1)
     return fig
 
 
-def loss_vs_pr(main, top, last):
+def loss_vs_pr(main, last):
     fig = Figure((WIDTH, 4.7))
     every, final = axes = fig.subplots(1, 2, width_ratios=[3, 2])
-    counts = sorted(set().union(*map(checkpoints, main)))
+    counts, labels = sorted(set().union(*map(checkpoints, main))), []
     for i, tokens in enumerate(counts):
         means = []
         for arm, group in by_arm(main).items():
@@ -180,48 +254,53 @@ def loss_vs_pr(main, top, last):
                 look = dict(marker="x") if lost else dict(edge, marker=STYLE[arm]["marker"])
                 for ax in axes[:1 + (tokens == last)] if row else []:
                     late = 1 if ax is final else (i + 1) / len(counts)
-                    ax.plot(row["mean_pr"], row["val_loss"], color=STYLE[arm]["color"], alpha=0.35 + 0.65 * late,
-                            markersize=3 + 5 * late, **look)
+                    ax.plot(row["mean_pr"], row["val_loss"], color=STYLE[arm]["color"],
+                            alpha=0.35 + 0.65 * late, markersize=3 + 5 * late, **look)
             if at := rows_at(group, tokens):
                 means.append(tuple(np.mean([(row["mean_pr"], row["val_loss"]) for _, row in at], 0)))
         if means:
             x, y = zip(*sorted(means))
             for ax in axes[:1 + (tokens == last)]:
                 ax.plot(x, y, color=GREY, linewidth=0.9, zorder=0)
-            every.annotate(millions(tokens), (x[-1], y[-1]), (11, 0), textcoords="offset points", va="center",
-                           fontsize=8)
+            labels.append((amount(tokens), (x[-1], y[-1])))
     every.margins(x=0.15)
     final.margins(0.12)
+    space, above = 0.05 * np.ptp(every.get_ylim()), []
+    for text, at in reversed(labels):
+        if all(abs(at[1] - y) > space for y in above):  # a label that would run into a later one is left out
+            every.annotate(text, at, (11, 0), textcoords="offset points", va="center", fontsize=8)
+            above.append(at[1])
     every.set_ylabel(LOSS)
     for ax in axes:
-        ax.set_xlabel(PR.format(top).replace(" after", "\nafter"))
+        ax.set_xlabel(pr_label(main).replace(" after", "\nafter"))
     every.set_title("all token checkpoints; larger is later", color=GREY, fontsize=9)
-    final.set_title(f"at {millions(last)} tokens only", color=GREY, fontsize=9)
+    final.set_title(f"at {amount(last)} tokens only", color=GREY, fontsize=9)
     fig.suptitle("Does a higher participation ratio go with a lower loss?")
     lost = " (x: it diverged later)" * (len(alive(main)) < len(main))
-    legend(fig, main, f"a point: a run at a checkpoint{lost}; grey lines: arm means at equal tokens")
+    legend(fig, arm_handles(main, seeds_text),
+           f"a point: a run at a checkpoint{lost}; grey lines: arm means at equal tokens")
     return fig
 
 
-def pr_heatmap(main, top, last):
-    groups, n_layer = by_arm(main), max(r["config"]["n_layer"] for r in main)
-    grid, heads = np.full((n_layer, len(groups)), np.nan), []
+def pr_heatmap(main, last):
+    groups, n_layer, top = by_arm(main), main[0]["config"]["n_layer"], head_dim(main[0]["config"])
+    table, heads = np.full((n_layer, len(groups)), np.nan), []
     for j, (arm, group) in enumerate(groups.items()):
         at = rows_at(group, last)
         if at:
-            grid[:, j] = np.mean([layer_values(row, "pr") for _, row in at], 0)
-        state = f"mean {grid[:, j].mean():.1f}" if at else "not there yet" if alive(group) else "diverged"
-        heads.append(f"{LABELS[arm]}\n{state}")
-    tall = n_layer > 12
-    fig = Figure((WIDTH, 1.5 + n_layer * (0.25 if tall else 0.38)))
+            table[:, j] = np.mean([layer_values(row, "pr") for _, row in at], 0)
+        state = f"mean {table[:, j].mean():.1f}" if at else "not there yet" if alive(group) else "diverged"
+        heads.append(textwrap.fill(LABELS[arm], 64 // len(groups), break_on_hyphens=False) + f"\n{state}")
+    tall, lines = n_layer > 12, max(head.count("\n") for head in heads)
+    fig = Figure((WIDTH, max(3.2, 1.4 + 0.15 * lines + n_layer * (0.25 if tall else 0.38))))
     ax = fig.subplots()
     ax.grid(False)
     ax.set_facecolor("#EEEEEE")
     # the whole range of PR, not that of the data: red has to mean collapsed, also where every arm is healthy
-    image = ax.imshow(grid, cmap="RdYlBu", vmin=1, vmax=top, aspect="auto")
-    for (i, j), value in np.ndenumerate(grid):
-        dark = np.dot(image.cmap(image.norm(value))[:3], [0.3, 0.59, 0.11]) < 0.5
-        ax.text(j, i, f"{value:.1f}" if np.isfinite(value) else "", ha="center", va="center",
+    image = ax.imshow(table, cmap="RdYlBu", vmin=1, vmax=top, aspect="auto")
+    for (i, j), pr in np.ndenumerate(table):
+        dark = np.dot(image.cmap(image.norm(pr))[:3], [0.3, 0.59, 0.11]) < 0.5
+        ax.text(j, i, f"{pr:.1f}" if np.isfinite(pr) else "", ha="center", va="center",
                 fontsize=8 if tall else 10, color="white" if dark else "black")
     ax.set_xticks(range(len(heads)), heads)
     ax.xaxis.tick_top()
@@ -229,22 +308,31 @@ def pr_heatmap(main, top, last):
     ax.set_ylabel("layer")
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
-    bar = fig.colorbar(image, ax=ax, label=f"PR1 of keys after RoPE, of {top}\nmean over heads and seeds", pad=0.02)
+    bar = fig.colorbar(image, ax=ax, pad=0.02)
+    bar.set_label(f"PR1 of keys after RoPE, of {top}\nmean over heads and seeds")
     init = np.mean([series(r, "mean_pr")[1][0] for r in main])
-    ticks = [t for t in (1, *range(10, top, 10), top) if abs(t - init) > 0.06 * top]
-    bar.set_ticks([*ticks, init], labels=[*ticks, f"init {init:.0f}"])
+    ticks = [1, *(t for t in MaxNLocator(7).tick_values(1, top) if 1 < t < 0.95 * top), top]
+    ticks = [t for t in ticks if abs(t - init) > 0.1 * top]
+    bar.set_ticks([*ticks, init], labels=[*(f"{t:g}" for t in ticks), f"init {init:.0f}"])
     bar.ax.axhline(init, color="black", linewidth=1.5)
-    fig.suptitle(f"Participation ratio of each layer at {millions(last)} tokens")
+    fig.suptitle(f"Participation ratio of each layer at {amount(last)} tokens")
     return fig
 
 
-def spectra(main, last):
-    n_layer = main[0]["config"]["n_layer"]
-    layers, lowest = sorted({0, (n_layer + 1) // 2 - 1, n_layer - 1}), 1.0
-    fig = Figure((WIDTH, 4.2))
+def three_layers(fig, n_layer, **kw):
+    """{layer: its axes} for the first, the middle and the last layer, side by side, for singular values."""
+    layers = sorted({0, (n_layer + 1) // 2 - 1, n_layer - 1})
     axes = fig.subplots(1, len(layers), sharey=True, squeeze=False)[0]
     for ax, layer in zip(axes, layers):
-        inits = {False: [], True: []}  # the arms of a seed start from the same weights: only QK-Norm changes their keys
+        ax.set(yscale="log", xlabel="index, largest first", title=f"layer {layer + 1} of {n_layer}")
+    axes[0].set_ylabel("singular value of the keys after RoPE\ndivided by the largest (log scale)")
+    return dict(zip(layers, axes))
+
+
+def spectra(main, last):
+    fig, lowest = Figure((WIDTH, 4.2)), 1.0
+    for layer, ax in three_layers(fig, main[0]["config"]["n_layer"]).items():
+        inits = {False: [], True: []}  # arms of a seed start from the same weights: only QK-Norm changes keys
         for arm, group in by_arm(main).items():
             inits[group[0]["config"]["qk_norm"]] += [spectrum(r, layer, 0) for r in group]
             at = [spectrum(r, layer, row["step"]) for r, row in rows_at(group, last)]
@@ -252,21 +340,18 @@ def spectra(main, last):
             if len(at):
                 index = np.arange(1, at.shape[1] + 1)
                 ax.plot(index, at.mean(0), **STYLE[arm], linewidth=1.8, markevery=(5, 12))
-                ax.fill_between(index, at.min(0), at.max(0), color=STYLE[arm]["color"], alpha=0.18, linewidth=0)
+                ax.fill_between(index, at.min(0), at.max(0), color=STYLE[arm]["color"], alpha=0.18, lw=0)
                 lowest = min(lowest, at.min())
         for qk_norm, start in inits.items():
             if start := [s for s in start if s is not None]:
                 ax.plot(range(1, len(start[0]) + 1), np.mean(start, 0), "--" if qk_norm else "-", color=GREY,
                         linewidth=1, zorder=1)
-        ax.set_title(f"layer {layer + 1} of {n_layer}")
-        ax.set(yscale="log", xlabel="index, largest first")
     if lowest == 1.0:
-        return f"no run has a spectrum at {millions(last)} tokens"
-    axes[0].set_ylim(max(0.8 * lowest, 1e-6), 1.2)
-    axes[0].set_ylabel("singular value of the keys after RoPE\ndivided by the largest (log scale)")
-    fig.suptitle(f"Singular values of the keys at {millions(last)} tokens")
-    legend(fig, main, "mean over heads and seeds; shading: min to max of the seeds; init dashed: with QK-Norm",
-           extra=[Line2D([], [], color=GREY, linewidth=1, label="init (step 0)")])
+        return f"no run has a spectrum at {amount(last)} tokens"
+    ax.set_ylim(max(0.8 * lowest, 1e-6), 1.2)
+    fig.suptitle(f"Singular values of the keys at {amount(last)} tokens")
+    legend(fig, arm_handles(main, seeds_text) + [Line2D([], [], color=GREY, lw=1, label="init (step 0)")],
+           "mean over heads and seeds; shading: min to max of the seeds; init dashed: with QK-Norm")
     return fig
 
 
@@ -274,47 +359,188 @@ def lr_sweep(sweep, picks):
     ended = [r for r in sweep if r["status"] != "unfinished"]
     if not ended:
         return "no sweep run has ended"
-    fig = Figure((WIDTH, 2.6 * math.ceil(len(ARMS) / 2)))
-    axes = fig.subplots(math.ceil(len(ARMS) / 2), 2, sharey=True, squeeze=False).flatten()
-    losses = [r["val_loss"] for r in ended if r["status"] == "finished"] or [0, 1]
+    arms = arms_of(sweep)
+    rows = math.ceil(len(arms) / 2)
+    fig = Figure((WIDTH, 0.3 + 2.4 * rows))
+    axes = fig.subplots(rows, 2, sharey=True, squeeze=False).flatten()
+    losses = [r["val_loss"] for r in finished(ended)] or [0, 1]
     pad = 0.1 * np.ptp(losses) or 0.1
-    roof = max(losses) + pad
-    for ax, arm in zip(axes, ARMS):
-        lrs, pick = {r["config"]["learning_rate"]: r for r in by_arm(ended).get(arm, [])}, picks.get(arm)
-        good = [(lr, r["val_loss"]) for lr, r in sorted(lrs.items()) if r["status"] == "finished"]
-        ax.plot(*np.array(good).reshape(-1, 2).T, **STYLE[arm], linewidth=1.8)
-        for lr in (lr for lr, r in lrs.items() if r["status"] == "diverged"):
-            ax.plot(lr, roof, "X", color=STYLE[arm]["color"], markersize=11, markeredgecolor="white")
-            ax.annotate("diverged", (lr, roof), (0, -15), textcoords="offset points", ha="center", fontsize=8)
-        title = "none chosen yet" if lrs else "no run yet"
+    roof, several = max(losses) + pad, len({r["config"]["seed"] for r in ended}) > 1
+    for ax, arm in zip(axes, arms):
+        rates, pick, color = by_rate(by_arm(ended).get(arm, [])), picks.get(arm), STYLE[arm]["color"]
+        ax.plot(*mean_by_rate(by_arm(ended).get(arm, []), "val_loss"), **STYLE[arm], linewidth=1.8)
+        for lr, runs in rates.items():
+            if several:
+                ax.plot([lr] * len(finished(runs)), [r["val_loss"] for r in finished(runs)], "_", color=color,
+                        markersize=9, markeredgewidth=1.2)
+            if lost := len(runs) - len(finished(runs)):
+                ax.plot(lr, roof, "X", color=color, markersize=11, markeredgecolor="white")
+                ax.annotate(f"{lost} of {len(runs)} diverged" if lost < len(runs) else "diverged", (lr, roof),
+                            (0, -15), textcoords="offset points", ha="center", fontsize=8)
+        title, notes = f"{LABELS[arm]}: {'none chosen yet' if rates else 'no run yet'}", []
         if pick:
-            ax.plot(pick["lr"], pick["val_loss"], "*", color=STYLE[arm]["color"], markersize=16,
-                    markeredgecolor="black")
-            ax.annotate(f"{pick['val_loss']:.3f}", (pick["lr"], pick["val_loss"]), (0, -18), textcoords="offset points",
-                        ha="center", fontsize=8)
-            title = f"lr {short(pick['lr'])}" + ("" if pick["bracketed"] else ", not bracketed")
-        ax.set_title(f"{LABELS[arm]}: {title}", fontsize=9)
+            star = dict(marker="*", linestyle="none", markeredgecolor="black")
+            ties = [(t["lr"], t["val_loss"]) for t in pick["tried"] if t["lr"] in pick["tie"]]
+            if ties:
+                ax.plot(*zip(*ties), color="white", markersize=13, **star)
+            ax.plot(pick["lr"], pick["val_loss"], color=color, markersize=16, **star)
+            ax.annotate(f"{pick['val_loss']:.3f}", (pick["lr"], pick["val_loss"]), (0, -18),
+                        textcoords="offset points", ha="center", fontsize=8)
+            title = f"{LABELS[arm]}: lr {short(pick['lr'])}"
+            notes = ["not bracketed"] * (not pick["bracketed"])
+            notes += [f"tie with {' and '.join(map(short, pick['tie']))}"] * bool(ties)
+        line = ", ".join([title, *notes])
+        ax.set_title(line if len(line) < 46 else f"{title},\n{', '.join(notes)}", fontsize=9)
         ax.set(xscale="log", ylim=(min(losses) - 2 * pad, roof + 0.7 * pad))
-        if lrs:
-            ax.set_xlim(min(lrs) / 1.5, max(lrs) * 1.5)
-        ax.xaxis.set(major_locator=FixedLocator(sorted(lrs)), minor_locator=NullLocator(),
+        if rates:
+            ax.set_xlim(min(rates) / 1.5, max(rates) * 1.5)
+        ax.xaxis.set(major_locator=FixedLocator(sorted(rates)), minor_locator=NullLocator(),
                      major_formatter=FuncFormatter(lambda lr, _: short(lr)))
-        ax.tick_params(axis="x", rotation=45 if len(lrs) > 6 else 0)
-    for ax in axes[len(ARMS):]:
+        ax.tick_params(axis="x", rotation=45 if len(rates) > 6 else 0)
+    for ax in axes[len(arms):]:
         ax.set_visible(False)
-    fig.supylabel(f"{LOSS} at {millions(ended[0]['config']['max_tokens'])} tokens", fontsize=10)
-    fig.supxlabel("peak learning rate (log scale); star: the chosen one", fontsize=10)
+    note = "\nline: mean over seeds; dashes: each seed; hollow star: a tie within their noise" * several
+    fig.supylabel(f"{LOSS} at {amount(ended[0]['config']['max_tokens'])} tokens", fontsize=10)
+    fig.supxlabel(f"peak learning rate (log scale); star: the chosen one{note}", fontsize=10)
     fig.suptitle("Learning rate sweep")
     return fig
 
 
-def missing(main, sweep, picks, seeds):
+def rates(sweep, neighbours, main, picks, seeds):
+    """Final loss and mean PR against learning rate: at the sweep's budget; at the main one, of one seed."""
+    ran = [r["config"]["seed"] for r in main]
+    seed = next((s for s in [*(r["config"]["seed"] for r in neighbours), *seeds, *ran] if s in ran), None)
+    long = [r for r in main + neighbours if r["config"]["seed"] == seed]
+    parts = {name: [r for r in runs if r["status"] != "unfinished"]
+             for name, runs in (("sweep", sweep), (f"main budget, seed {seed}", long)) if finished(runs)}
+    if not parts:
+        return "no run has finished"
+    fig = Figure((WIDTH, 6))
+    axes = fig.subplots(2, len(parts), sharex=True, squeeze=False)
+    axes[1, 0].sharey(axes[1, -1])
+    for (name, runs), column in zip(parts.items(), axes.T):
+        for arm, group in by_arm(runs).items():
+            color, pick = STYLE[arm]["color"], picks.get(arm, {}).get("lr")
+            for ax, key in zip(column, ("val_loss", "mean_pr")):
+                points = [(r["config"]["learning_rate"], value(r["rows"][-1], key)) for r in finished(group)]
+                ax.plot(*np.array(points).reshape(-1, 2).T, ".", color=color, alpha=0.4)
+                lrs, means = mean_by_rate(group, key)
+                ax.plot(lrs, means, **STYLE[arm], linewidth=1.6)
+                ax.plot(lrs[lrs == pick], means[lrs == pick], "*", color=color, markersize=12,
+                        markeredgecolor="black", zorder=3)
+            for lr in {r["config"]["learning_rate"] for r in group if r["status"] == "diverged"}:
+                column[0].plot(lr, 1, "X", color=color, markersize=9, markeredgecolor="white", clip_on=False,
+                               transform=column[0].get_xaxis_transform())
+        budget = amount(runs[0]["config"]["max_tokens"])
+        column[0].set_title(f"{name}: {budget} tokens", color=GREY, fontsize=9)
+        column[0].set_xscale("log")
+        column[1].set_xlabel("peak learning rate (log scale)")
+    axes[0, 0].set_ylabel(LOSS)
+    axes[1, 0].set_ylabel(pr_label(main + sweep).replace(" after", "\nafter"))
+    fig.suptitle("Loss and participation ratio by learning rate")
+    lost = "; X: diverged" * any(alive(runs) != runs for runs in parts.values())
+    legend(fig, arm_handles(sweep + main),
+           f"at the end of each budget; lines: means over seeds; dots: runs; star: the chosen rate{lost}")
+    return fig
+
+
+# ---- one run
+PANELS = {  # title: {key: its name in the legend}
+    "loss (nats a token)": {"train_loss": "train", "val_loss": "validation"},
+    "participation ratio, mean over layers": {
+        "mean_pr": "PR1 of keys", "pr_centered": "PR2, centred", "pr_pre_rope": "PR1 before RoPE",
+        "pr_weight": "PR2 of gain x W_K"},
+    "gradient norm before clipping (log scale)": {"grad_norm": ""},
+    "learning rate": {"lr": ""},
+    "training tokens a second": {"tokens_per_s": ""},
+}
+HEATS = {"pr": "PR1 of keys after RoPE", "attn_entropy": "attention entropy (nats)",
+         "max_logit": "largest attention logit"}
+EVENTS = {"restart": ("#0072B2", "--"), "spot_check": ("#D55E00", ":"), "diverged": ("#000000", "-")}
+
+
+def run_page(run):
+    """All that a run has logged. A key that is in neither PANELS nor HEATS gets a panel under its name."""
+    c, rows, panels, heats = run["config"], run["rows"], dict(PANELS), dict(HEATS)
+    for key in dict.fromkeys(key for row in rows for key in row if key not in ("step", "tokens")):
+        name = re.sub(r"_layer_\d+$", "", key)
+        if name not in {*itertools.chain(*PANELS.values()), *HEATS}:
+            (panels if name == key else heats)[name] = {key: ""} if name == key else name
+    n, end = len(panels) + len(heats), rows[-1]["tokens"] or c["batch_tokens"]
+    height = 1.8 * math.ceil(n / 2)
+    fig = Figure((WIDTH, height + 3))
+    upper, lower = fig.subfigures(2, 1, height_ratios=[height, 3])
+    axes = upper.subplots(math.ceil(n / 2), 2).flatten()
+    for ax, (title, panel) in zip(axes, panels.items()):
+        for (key, name), color in zip(panel.items(), ("#E69F00", "#0072B2", "#009E73", "#CC79A7")):
+            ax.plot(*series(run, key), "." * (len(rows) < 20) + "-", color=color, linewidth=1.4, label=name)
+        if len(panel) > 1:
+            ax.legend(fontsize=8, handlelength=1.2, ncols=len(panel) // 2, columnspacing=1,
+                      loc="best" if len(panel) == 2 else "upper right")
+        ax.set_title(title, fontsize=9)
+    loss, pr, norm, _, speed = axes[:len(PANELS)]
+    loss.set_ylim(top=min(loss.get_ylim()[1], 2 * math.log(c["vocab_size"])))  # beyond it a run has exploded
+    pr.set_ylim(0, 1.7 * pr.get_ylim()[1])  # room for the legend
+    speed.set_ylim(bottom=0)
+    norm.set_yscale("log")
+    norm.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(),
+                   major_formatter=FuncFormatter(lambda y, _: f"{y:g}"))
+    at = np.array([row["tokens"] for row in rows])
+    edges = np.array([at[0], *(at[1:] + at[:-1]) / 2, end])
+    for ax, (name, title) in zip(axes[len(panels):], heats.items()):
+        y = np.array([layer_values(row, name) or [None] * c["n_layer"] for row in rows], dtype=float).T
+        scale = dict(cmap="RdYlBu", vmin=1, vmax=head_dim(c)) if name == "pr" else {}
+        image = ax.pcolormesh(edges, np.arange(len(y) + 1) + 0.5, y, rasterized=True, **scale)
+        upper.colorbar(image, ax=ax)
+        ax.grid(False)
+        ax.invert_yaxis()
+        ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+        ax.set_title(f"{title}, by layer", fontsize=9)
+    marks = {}
+    for e in run["events"]:
+        why = e.get("reason") or ", ".join(e.get("flags", ["a second time"]))
+        if e["event"] in EVENTS and why:
+            marks.setdefault((e["event"], why), []).append(e["tokens"])
+    for i, ax in enumerate(axes):
+        tokens_axis(ax, 0, end)
+        ax.set_visible(i < n)
+        if i < n - 2:
+            ax.set_xlabel("")
+        for (event, _), tokens in marks.items():
+            for t in tokens:
+                ax.axvline(t, color=EVENTS[event][0], linestyle=EVENTS[event][1], linewidth=1.2)
+
+    times = ScalarMappable(matplotlib.colors.Normalize(0, end))
+    due = {row["tokens"]: row for row in rows if (run["dir"] / f"sv_layer_0_step_{row['step']}.npy").exists()}
+    three = three_layers(lower, c["n_layer"])
+    for layer, ax in three.items():
+        for tokens, row in sorted((due | checkpoints(run)).items()):
+            if (s := spectrum(run, layer, row["step"])) is not None:
+                ax.plot(range(1, len(s) + 1), s, color=times.to_rgba(tokens), linewidth=1.2)
+    lower.colorbar(times, ax=[*three.values()], label="tokens", format=FuncFormatter(lambda t, _: amount(t)))
+    fig.suptitle(f"{run['dir'].resolve().name}: {run['status']} at {amount(rows[-1]['tokens'])} of "
+                 f"{amount(c['max_tokens'])} tokens\n{LABELS.get(c['arm'], c['arm'])}, peak learning rate "
+                 f"{short(c['learning_rate'])}, seed {c['seed']}")
+    if marks:
+        legend(lower, [Line2D([], [], color=EVENTS[event][0], linestyle=EVENTS[event][1],
+                              label=f"{event.replace('_', ' ')}: {why} (at {', '.join(map(amount, tokens))})")
+                       for (event, why), tokens in marks.items()])
+    return fig
+
+
+# ---- what is asked for
+def missing(study_dir, main, sweep, neighbours, picks, seeds):
     """Lines on what a whole study would have and this one has not."""
-    scale = (main + sweep)[0]["config"]["scale"]
-    grids = SCALES[scale]["grids"] if scale in SCALES else {}
-    have = {r["dir"].name: r for r in sweep + main}
-    due = [f"{arm}-lr{lr:g}" for arm in ARMS for lr in grids.get(arm, [])]
-    for name in dict.fromkeys([*due, *(f"{arm}-seed{seed}" for seed in seeds for arm in ARMS), *have]):
+    scale, arms = (main + sweep)[0]["config"]["scale"], arms_of(main, sweep)
+    have = {r["dir"].relative_to(study_dir).as_posix(): r for r in sweep + main + neighbours}
+    grids = SCALES.get(scale, dict(grids={}))["grids"]
+    due = [f"sweep/{run_name('sweep', arm, lr, seed)}" for arm in arms if arm in grids
+           for lr in grid(scale, arm)
+           for seed in (picks[arm]["seeds"] if arm in picks else read(sweep_seeds, scale))]
+    due += [run_name("main", arm, 0, seed) for seed in seeds for arm in arms]
+    due += [f"neighbours/{run_name('neighbours', arm, lr, 0)}" for arm in arms if neighbours and arm in picks
+            for lr in neighbour_lrs(picks[arm]["lr"])]
+    for name in dict.fromkeys([*due, *have]):
         run = have.get(name)
         at = f"at {run['rows'][-1]['tokens']:,} tokens" if run and run["rows"] else "before its first row"
         if run is None:
@@ -323,7 +549,14 @@ def missing(main, sweep, picks, seeds):
             yield f"diverged: {name}: last row {at}; marked where it shows, left out of means"
         elif run["status"] == "unfinished":
             yield f"missing: {name}: unfinished, {at} of {run['config']['max_tokens']:,}"
-    yield from (f"missing: {arm}: no learning rate chosen" for arm in ARMS if arm not in picks)
+    yield from (f"missing: {arm}: no learning rate chosen" for arm in arms if arm not in picks)
+
+
+FIGURES = "1_val_loss 2_mean_pr 3_loss_vs_pr 4_pr_heatmap 5_spectra 6_lr_sweep 7_rates".split()
+
+
+def with_rows(runs):
+    return [r for r in runs if len(series(r, "val_loss")[0]) and len(series(r, "mean_pr")[0])]
 
 
 def save(fig, folder, name):
@@ -331,52 +564,99 @@ def save(fig, folder, name):
     for kind, metadata in ("png", {"Software": None}), ("svg", {"Date": None}):
         data = io.BytesIO()
         fig.savefig(data, format=kind, dpi=150, metadata=metadata)
-        aside = folder / f"{name}.{kind}.tmp"
-        aside.write_bytes(data.getvalue())
-        os.replace(aside, folder / f"{name}.{kind}")
+        try:
+            folder.mkdir(exist_ok=True)
+            write_whole(folder / f"{name}.{kind}", lambda f: f.write(data.getvalue()))
+        except OSError as e:
+            fail(f"{folder}/{name}.{kind} cannot be written: {e.strerror or e}")
 
 
-def main():
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        fail("usage: python plot.py out/SCALE")
-    study_dir = Path(sys.argv[1])
+def read(function, *args):
+    """function(*args); where that finds a file that it cannot use, one line and the end."""
     try:
-        runs, sweep, picks = load_runs(study_dir), load_runs(study_dir, "sweep"), chosen(study_dir)
-        registered = study_dir / "preregistered.json"
-        seeds = json.loads(registered.read_text())["seeds"] if registered.exists() else SEEDS
+        return function(*args)
     except (ValueError, OSError) as e:
         fail(e)
-    if not runs and not sweep:
-        fail(f"{study_dir} holds no run: start the study with `bash sweep.sh`, or name another folder")
-    print("\n".join(missing(runs, sweep, picks, seeds)) or "every run is there")
 
-    shown = [r for r in runs if len(series(r, "val_loss")[0]) and len(series(r, "mean_pr")[0])]
-    figures = dict.fromkeys(["1_val_loss", "2_mean_pr"], "no main run has a log row yet")
-    figures |= dict.fromkeys(["3_loss_vs_pr", "4_pr_heatmap", "5_spectra"], "no main run has reached a checkpoint")
+
+def draw_study(study_dir):
+    runs = {kind: load_runs(study_dir, kind, print) for kind in KINDS}
+    picks, path = read(chosen, study_dir), study_dir / "preregistered.json"
+    seeds = read(read_json, path, dict(seeds=SEEDS)).get("seeds")
+    if not isinstance(seeds, list):
+        fail(f"{path} names no seeds: restore it, or delete it and register again")
+    shape = lambda r: "n_layer {n_layer}, n_head {n_head}, n_embd {n_embd}".format(**r["config"])
+    usual = collections.Counter(shape(r) for group in runs.values() for r in group).most_common(1)
+    for kind, group in runs.items():
+        for r in (r for r in group if shape(r) != usual[0][0]):
+            print(f"{r['dir']} is left out: it has {shape(r)}, most runs have {usual[0][0]}")
+        runs[kind] = [r for r in group if shape(r) == usual[0][0]]
+    main, sweep, neighbours = (runs[kind] for kind in ("main", "sweep", "neighbours"))
+    if not main and not sweep:
+        fail(f"{study_dir} holds no run: start the study with `bash sweep.sh`, or name another folder")
+    print("\n".join(missing(study_dir, main, sweep, neighbours, picks, seeds)) or "every run is there")
+
+    shown = with_rows(main)
+    figures = dict.fromkeys(FIGURES, f"no main run {'is at a checkpoint' if shown else 'has a log row'} yet")
     if shown:
-        top = shown[0]["config"]["n_embd"] // shown[0]["config"]["n_head"]  # head_dim: the largest PR there can be
-        figures |= {"1_val_loss": val_loss(shown), "2_mean_pr": mean_pr(shown, top)}
+        figures |= {"1_val_loss": val_loss(shown), "2_mean_pr": mean_pr(shown)}
     if (last := latest_common(shown)) is not None:
-        figures |= {"3_loss_vs_pr": loss_vs_pr(shown, top, last), "4_pr_heatmap": pr_heatmap(shown, top, last),
+        figures |= {"3_loss_vs_pr": loss_vs_pr(shown, last), "4_pr_heatmap": pr_heatmap(shown, last),
                     "5_spectra": spectra(shown, last)}
-    figures["6_lr_sweep"] = lr_sweep(sweep, picks)
+    figures |= {"6_lr_sweep": lr_sweep(sweep, picks), "7_rates": rates(sweep, neighbours, main, picks, seeds)}
 
     folder, drawn = study_dir / "figures", [name for name, fig in figures.items() if isinstance(fig, Figure)]
-    try:
-        folder.mkdir(exist_ok=True)
-        for name, fig in figures.items():
-            if name in drawn:
-                save(fig, folder, name)
-            else:
-                print(f"missing: {name}: {fig}")
-                for kind in "png", "svg":  # a figure of an earlier state would pass for one of this
-                    (folder / f"{name}.{kind}").unlink(missing_ok=True)
-    except OSError as e:
-        fail(f"the figures cannot be written: {e}")
+    for name, fig in figures.items():
+        if name in drawn:
+            save(fig, folder, name)
+        else:
+            print(f"missing: {name}: {fig}")
+            for kind in "png", "svg":  # a figure of an earlier state would pass for one of this
+                (folder / f"{name}.{kind}").unlink(missing_ok=True)
     if not drawn:
         fail(f"{study_dir} has nothing to draw yet: let its runs get further and plot again")
     print(f"{len(drawn)} of {len(figures)} figures in {folder}, as .png and .svg")
 
 
+def draw_run(run_dir):
+    run = read(load_run, run_dir)
+    if not run["rows"]:
+        fail(f"{run_dir} has no log row yet: let it get further and plot again")
+    save(run_page(run), run_dir, "run")
+    print(f"all that {run_dir} has logged is in {run_dir / 'run.png'} and .svg")
+
+
+def compare(folders):
+    paths = [folder.resolve() for folder in folders]
+    if len(set(paths)) < len(paths) or len(paths) > len(DASHES):
+        fail(f"two to {len(DASHES)} folders can be compared, each named once")
+    common = os.path.commonpath(paths)
+    names = [path.name if str(path) == common else os.path.relpath(path, common) for path in paths]
+    studies = [with_rows([read(load_run, f)] if is_run(f) else load_runs(f, "main", print)) for f in folders]
+    for folder, runs in zip(folders, studies):
+        if not by_arm(runs):
+            fail(f"{folder} has no log row of an arm that study.py names: let it get further")
+    folder = folders[-1] if is_run(folders[-1]) else folders[-1] / "figures"
+    save(val_loss(*studies, names=names), folder, "compare_val_loss")
+    save(mean_pr(*studies, names=names), folder, "compare_mean_pr")
+    print(f"{' and '.join(names)}: {folder}/compare_val_loss and compare_mean_pr, as .png and .svg")
+
+
+def is_run(folder):
+    return (folder / "config.json").exists()
+
+
+def main(args):
+    if not args or any(arg.startswith("-") for arg in args):
+        fail("usage: python plot.py out/SCALE, or a run's folder, or two or more of either to compare them")
+    folders = [find(arg) for arg in args]
+    if away := [folder for folder in folders if not folder.is_dir()]:
+        fail(f"{away[0]} is no folder: name a study's, such as out/mini, or a run's in it")
+    if len(folders) > 1:
+        compare(folders)
+    else:
+        (draw_run if is_run(folders[0]) else draw_study)(folders[0])
+
+
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -110,7 +110,7 @@ def study(arms={}, seeds=(42, 137), n_layer=None, scale="mini", noise={}, diverg
     naming it here. noise: standard deviations over seeds, over NOISE; a value may be {arm: number}. diverged,
     unfinished, absent: run names such as 'muon-seed42' or 'adamw-lr0.001', or an arm's name for all of its
     main runs. unbracketed: arms whose best learning rate lies beyond the grid. With several sweep_seeds sweep
-    runs have the noise too. rng: a seed or a numpy Generator. """
+    runs have the noise too. rng: a seed or a numpy Generator."""
     rng = np.random.default_rng(rng)
     sd = {**NOISE, **noise}
     main, sweep, chosen = [], [], {}

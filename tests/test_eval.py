@@ -1,5 +1,6 @@
-"""The tests of evaluation and export: against a plain forward pass, against lm-eval's stock `hf` model and transformers, against
-wrong input. LAMBADA's real rows are used where ../shared/data has them; rows of HellaSwag's shape are made here."""
+"""The tests of evaluation and export: against a plain forward pass, against lm-eval's stock `hf` model
+and transformers, against wrong input. LAMBADA's real rows are used where ../shared/data has them; rows
+of HellaSwag's shape are made here."""
 import hashlib
 import json
 import math
@@ -23,8 +24,9 @@ torch.set_num_threads(1)  # the models are tiny, and pytest runs on all cores
 ROOT = Path(__file__).resolve().parents[1]
 LAMBADA = ROOT.parent / "shared" / "data" / "lambada_test.jsonl"
 EOT = 4095
-WORDS = ("the a of in to and he she they it was is had has with for on at by sea wind night day heart love stone light old young "
-         "went came said saw took gave made found held kept kitchen garden café letter soldier captain horse bread water dancing").split()
+WORDS = ("the a of in to and he she they it was is had has with for on at by sea wind night day heart "
+         "love stone light old young went came said saw took gave made found held kept kitchen garden "
+         "café letter soldier captain horse bread water dancing").split()
 
 
 def text(rng, low, high):
@@ -33,8 +35,10 @@ def text(rng, low, high):
 
 def hellaswag_rows(n, seed, longest=12):
     rng = random.Random(seed)
-    return [dict(activity_label=text(rng, 1, 2), ctx_a=text(rng, 3, longest) + ".", ctx_b=text(rng, 0, 2), label=rng.randrange(4),
-                 endings=[text(rng, 1, 9) + rng.choice([".", " [title] and  more", ""]) for _ in range(4)]) for _ in range(n)]
+    return [dict(activity_label=text(rng, 1, 2), ctx_a=text(rng, 3, longest) + ".",
+                 ctx_b=text(rng, 0, 2), label=rng.randrange(4),
+                 endings=[text(rng, 1, 9) + rng.choice([".", " [title] and  more", ""])
+                          for _ in range(4)]) for _ in range(n)]
 
 
 def lambada_rows(n):
@@ -52,9 +56,11 @@ def write_rows(folder, **files):
 
 
 def tiny_model(qk_norm, block_size=64, seed=0, vocab_size=4160, qk_gain=True):
-    """Weights far from their init, gains far from one, and a vocabulary padded by 64 rows: what is wrong anywhere shows."""
+    """Weights far from their init, gains far from one, and a vocabulary padded by 64 rows: what
+    is wrong anywhere shows."""
     generator = torch.Generator().manual_seed(seed)
-    model = GPT(GPTConfig(block_size, vocab_size, 2, 2, 64, 96, qk_norm, qk_gain)).init_weights(generator).requires_grad_(False)
+    model = (GPT(GPTConfig(block_size, vocab_size, 2, 2, 64, 96, qk_norm, qk_gain))
+             .init_weights(generator).requires_grad_(False))
     for name, p in model.named_parameters():
         p.copy_(p * 4 if p.ndim == 2 else torch.rand(p.shape, generator=generator) + 0.5)
     return model
@@ -68,20 +74,23 @@ def write_data(folder, encoding):
     folder.mkdir(parents=True)
     tokens.tofile(folder / "val_set.bin")
     size, sha = len(tokens), hashlib.sha256(tokens.tobytes()).hexdigest()
-    meta = dict(tokenizer="gpt2-4096", vocab_size=4096, eot=EOT, train_tokens=size, val_tokens=size, train_sha256=sha, val_sha256=sha,
-                val_bytes=sum(len(d.encode()) for d in documents), settings={}, command="none")
+    meta = dict(tokenizer="gpt2-4096", vocab_size=4096, eot=EOT, train_tokens=size, val_tokens=size,
+                train_sha256=sha, val_sha256=sha, val_bytes=sum(len(d.encode()) for d in documents),
+                settings={}, command="none")
     (folder / "meta.json").write_text(json.dumps(meta))
     return tokens, documents, meta
 
 
 def write_run(folder, model, meta, data_dir, status="finished", **more):
     folder.mkdir(parents=True)
-    config = dict(vars(model.config), arm="muon_qk" if model.config.qk_norm else "muon", seed=int(folder.name.split("seed")[1]),
-                  learning_rate=0.01, dtype="float32", eval_tokens=0, data_dir=str(data_dir), data=meta, **more)
+    config = dict(vars(model.config), arm="muon_qk" if model.config.qk_norm else "muon",
+                  seed=int(folder.name.split("seed")[1]), learning_rate=0.01, dtype="float32",
+                  eval_tokens=0, data_dir=str(data_dir), data=meta, **more)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "log.jsonl").write_text(f'{{"step": 7, "val_loss": 8.0}}\n{{"event": "{status}"}}\n')
     for step in (5, 7, 10) if status == "finished" else ():  # 10: not of this log
-        torch.save(dict(model=model.state_dict(), config=config, step=step, tokens=step * 64, optimizers=[]), folder / f"ckpt_step_{step}.pt")
+        torch.save(dict(model=model.state_dict(), config=config, step=step, tokens=step * 64,
+                        optimizers=[]), folder / f"ckpt_step_{step}.pt")
     return folder / "ckpt_step_7.pt"
 
 
@@ -100,18 +109,21 @@ def encoding():
 def study(tmp_path, encoding):
     """A study folder with two finished runs, one that diverged and one that is not finished."""
     tokens, documents, meta = write_data(tmp_path / "data", encoding)
-    for name, status, qk_norm in (("muon-seed42", "finished", False), ("muon_qk-seed137", "finished", True),
-                                  ("muon_qk-seed42", "diverged", True), ("muon-seed137", "unfinished", False)):
+    for name, status, qk_norm in (
+            ("muon-seed42", "finished", False), ("muon_qk-seed137", "finished", True),
+            ("muon_qk-seed42", "diverged", True), ("muon-seed137", "unfinished", False)):
         write_run(tmp_path / "out" / name, tiny_model(qk_norm), meta, tmp_path / "data", status)
-    return types.SimpleNamespace(dir=tmp_path / "out", tokens=tokens, documents=documents, meta=meta, data=tmp_path / "data",
-                                 ckpt=tmp_path / "out" / "muon-seed42" / "ckpt_step_7.pt", tmp=tmp_path)
+    return types.SimpleNamespace(
+        dir=tmp_path / "out", tokens=tokens, documents=documents, meta=meta, data=tmp_path / "data",
+        ckpt=tmp_path / "out" / "muon-seed42" / "ckpt_step_7.pt", tmp=tmp_path)
 
 
 @pytest.fixture()
 def offline(monkeypatch):
     """Only local rows can be had."""
-    monkeypatch.setattr(evaluate, "build_task", lambda name, splits, real=evaluate.build_task:
-                        real(name, splits) if splits else (_ for _ in ()).throw(OSError("x cannot be reached")))
+    monkeypatch.setattr(
+        evaluate, "build_task", lambda name, splits, real=evaluate.build_task:
+        real(name, splits) if splits else (_ for _ in ()).throw(OSError("x cannot be reached")))
 
 
 # ---- scoring ----
@@ -135,10 +147,12 @@ def test_shared_passes_equal_plain_ones(qk_norm, pass_tokens, monkeypatch):
     model, rng = tiny_model(qk_norm), random.Random(0)
     ids = lambda n: [rng.randrange(4096) for _ in range(n)]
     pairs = []
-    for length in (1, 3, 20, 20, 50, 62, 63, 64, 65, 120):  # block_size is 64: the last ones are cut, or not, by their target
+    # block_size is 64: the last ones are cut, or not, by their target
+    for length in (1, 3, 20, 20, 50, 62, 63, 64, 65, 120):
         context = ids(length)
         pairs += [(context, ids(n)) for n in (1, 5, 5, 2)] + [(ids(length), ids(rng.randint(1, 64)))]
-    pairs += [(pairs[0][0], pairs[0][1])] * 2 + [([7], ids(1))] * 30  # the same context, more often than fits a pass
+    # the same context, more often than fits a pass
+    pairs += [(pairs[0][0], pairs[0][1])] * 2 + [([7], ids(1))] * 30
     for context in (ids(10), ids(70)):  # greedy continuations, and one with another last token
         new = []
         for _ in range(3):
@@ -182,7 +196,8 @@ def test_what_no_pass_can_score_is_none():
 
 @torch.no_grad()
 def test_scores_of_packed_texts_are_not_rounded():
-    """Under autocast, queries and keys of a logit spread of 70: bfloat16 scores would be off by a quarter of a nat."""
+    """Under autocast, queries and keys of a logit spread of 70: bfloat16 scores would be off
+    by a quarter of a nat."""
     model = GPT(GPTConfig(64, 128, 2, 2, 64, 96)).init_weights(torch.Generator().manual_seed(1))
     attn = model.h[0].attn
     attn.q_proj.weight.mul_(60)
@@ -253,15 +268,16 @@ def test_exported_logits_are_ours(qk_norm, qk_gain, study, tmp_path):
     import export
     checkpoint = study.dir / ("muon_qk-seed137" if qk_norm else "muon-seed42") / "ckpt_step_7.pt"
     if not qk_gain:
-        checkpoint = write_run(tmp_path / "muon_qk_frozen-seed1", tiny_model(True, qk_gain=False), study.meta, study.data)
+        checkpoint = write_run(tmp_path / "muon_qk_frozen-seed1", tiny_model(True, qk_gain=False),
+                               study.meta, study.data)
     export.export(checkpoint, tmp_path / "hf")
-    theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32, attn_implementation="sdpa",
-                                                        output_loading_info=True)
+    theirs, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True)
     assert type(theirs).__name__ == ("Qwen3ForCausalLM" if qk_norm else "LlamaForCausalLM")
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     c = theirs.config
-    assert (c.tie_word_embeddings, c.hidden_act, c.rms_norm_eps, c.num_key_value_heads, c.head_dim, c.attention_bias,
-            c.max_position_embeddings, c.vocab_size, c.bos_token_id, c.eos_token_id) == (
+    assert (c.tie_word_embeddings, c.hidden_act, c.rms_norm_eps, c.num_key_value_heads, c.head_dim,
+            c.attention_bias, c.max_position_embeddings, c.vocab_size, c.bos_token_id, c.eos_token_id) == (
         True, "silu", 1e-6, 2, 32, False, 64, 4160, EOT, EOT) and not getattr(c, "mlp_bias", False)
     assert c.rope_parameters["rope_theta"] == 10_000 and c.rope_parameters["rope_type"] == "default"
     idx = torch.randint(4096, (3, 64), generator=torch.Generator().manual_seed(1))
@@ -296,7 +312,8 @@ def test_a_checkpoint_from_before_qk_gain_is_read(study):
     del state["config"]["qk_gain"]
     torch.save(state, study.tmp / "old.pt")
     model, config = evaluate.load_checkpoint(study.tmp / "old.pt")
-    assert model.config.qk_gain and torch.equal(model.h[0].attn.q_norm.weight, tiny_model(True).h[0].attn.q_norm.weight)
+    assert model.config.qk_gain \
+        and torch.equal(model.h[0].attn.q_norm.weight, tiny_model(True).h[0].attn.q_norm.weight)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-4096"])
@@ -307,17 +324,20 @@ def test_exported_tokenizer_gives_the_same_ids(name, tmp_path):
     import export
     encoding = evaluate.get_encoding(name)
     model = GPT(GPTConfig(16, 50304 if name == "gpt2" else 4096, 1, 1, 8, 8)).init_weights(torch.Generator())
-    torch.save(dict(model=model.state_dict(), step=1, tokens=1, config=dict(vars(model.config), data=dict(tokenizer=name))), tmp_path / "c.pt")
+    torch.save(dict(model=model.state_dict(), step=1, tokens=1,
+                    config=dict(vars(model.config), data=dict(tokenizer=name))), tmp_path / "c.pt")
     export.export(tmp_path / "c.pt", tmp_path / "hf")
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
     rng = random.Random(0)
     letters = [*map(chr, [*range(32, 127), *range(161, 256)]), *"  \n\n\téßñ…—“”日本語🙂'"]
-    texts = [row["text"] for row in lambada_rows(300)] + ["", " ", "  a  b ", "I've don't 1234567 o'clock", "\r\n x\u00a0y"]
+    texts = [row["text"] for row in lambada_rows(300)] + [
+        "", " ", "  a  b ", "I've don't 1234567 o'clock", "\r\n x\u00a0y"]
     texts += ["".join(rng.choices(letters, k=rng.randint(1, 80))) for _ in range(300)]
     for t in texts:
         ids = encoding.encode_ordinary(t)
         assert theirs.encode(t) == ids and theirs.decode(ids) == t, t
-    assert theirs.bos_token_id == theirs.eos_token_id == encoding.eot_token and len(theirs) == encoding.n_vocab
+    assert theirs.bos_token_id == theirs.eos_token_id == encoding.eot_token \
+        and len(theirs) == encoding.n_vocab
     assert theirs.encode("a<|endoftext|>")[-1] == encoding.eot_token
 
 
@@ -349,8 +369,10 @@ def test_adapter_equals_stock_hf_model(qk_norm, block_size, tmp_path, encoding, 
     ours = evaluate.adapter(encoding, block_size)
     ours.model, ours.dtype = model, "float32"
     monkeypatch.setenv("DISABLE_MULTIPROC", "1")
-    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)  # seconds of looking at the machine
-    rows = {"hellaswag": dict(train=hellaswag_rows(15, 1), validation=hellaswag_rows(20, 2)), "lambada": dict(test=lambada_rows(40)),
+    # seconds of looking at the machine
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+    rows = {"hellaswag": dict(train=hellaswag_rows(15, 1), validation=hellaswag_rows(20, 2)),
+            "lambada": dict(test=lambada_rows(40)),
             "wikitext": dict(test=[dict(page=f" = A page = \n\n {r['text']} \n") for r in lambada_rows(12)])}
     for name, splits in rows.items():
         for split in splits.values():
@@ -358,26 +380,33 @@ def test_adapter_equals_stock_hf_model(qk_norm, block_size, tmp_path, encoding, 
                 row |= {"label": str(row["label"])} if "label" in row else {}
         task = evaluate.build_task(name, splits)
         results, documents = evaluate.run_task(name, task, ours)
-        # a built task belongs to its prompts: the stock model gets one of its own, as lm-eval's command line would build it
+        # a built task belongs to its prompts: the stock model gets one of its own, as lm-eval's
+        # command line would build it
         theirs = lm_eval.simple_evaluate(hf, tasks=[evaluate.build_task(name, splits)], bootstrap_iters=200,
                                          task_manager=TaskManager(include_defaults=False))
         stock_name = task.config.task
         stock = {key.removesuffix(",none"): value for key, value in theirs["results"][stock_name].items()}
         samples = theirs["samples"][stock_name]
-        assert [s["arguments"] for s in samples] == [[i.args for i in task.instances if i.doc_id == s["doc_id"]] for s in samples]
+        assert [s["arguments"] for s in samples] == [
+            [i.args for i in task.instances if i.doc_id == s["doc_id"]] for s in samples]
         for document, sample in zip(documents, samples, strict=True):
             lls = [r if name == "wikitext" else r[0] for r in sample["filtered_resps"]]
             mine = document["log_likelihoods"] if name == "hellaswag" else [document["log_likelihood"]]
             assert document["id"] == sample["doc_id"] and np.abs(np.subtract(lls, mine)).max() < 1e-3
             assert all(document[key] == sample[key] for key in ("acc", "acc_norm") if key in document)
-        greedy = [g for _, g in (r for i in samples for r in i["filtered_resps"])] if name != "wikitext" else []
+        greedy = [g for _, g in (r for i in samples for r in i["filtered_resps"])] \
+            if name != "wikitext" else []
         if greedy:
             assert greedy == [g for _, g in ours.loglikelihood(task.instances, disable_tqdm=True)]
-        for key, stock_key in (("acc", "acc"), ("acc_stderr", "acc_stderr"), ("acc_norm", "acc_norm"), ("acc_norm_stderr", "acc_norm_stderr")):
+        for key, stock_key in (("acc", "acc"), ("acc_stderr", "acc_stderr"), ("acc_norm", "acc_norm"),
+                               ("acc_norm_stderr", "acc_norm_stderr")):
             assert results.get(key) == stock.get(stock_key)
-        for key, stock_key in (("ppl", "perplexity"), ("word_ppl", "word_perplexity"), ("bits_per_byte", "bits_per_byte")):
-            assert results.get(key) == (pytest.approx(stock[stock_key], rel=1e-4) if stock_key in stock else None)
-        too_long = [any(len(hf.tok_encode(c + t)) > block_size + 1 for c, t in s["arguments"]) for s in samples] if greedy else [False]
+        for key, stock_key in (("ppl", "perplexity"), ("word_ppl", "word_perplexity"),
+                               ("bits_per_byte", "bits_per_byte")):
+            assert results.get(key) == (
+                pytest.approx(stock[stock_key], rel=1e-4) if stock_key in stock else None)
+        too_long = [any(len(hf.tok_encode(c + t)) > block_size + 1 for c, t in s["arguments"])
+                    for s in samples] if greedy else [False]
         assert results["cut"] == sum(too_long) and results["n"] == len(documents)
         assert block_size == 640 or not greedy or results["cut"] > 0
         assert block_size == 64 or name != "hellaswag" or results["cut"] < len(documents)
@@ -387,7 +416,8 @@ def test_prompts_are_the_stock_protocol():
     rows = dict(train=hellaswag_rows(30, 1), validation=hellaswag_rows(6, 2))
     task = evaluate.build_task("hellaswag", rows)
     again = evaluate.build_task("hellaswag", rows)
-    assert [i.args for i in task.instances] == [i.args for i in again.instances]  # the same shots for all models
+    # the same shots for all models
+    assert [i.args for i in task.instances] == [i.args for i in again.instances]
     shots = {f"{r['activity_label']}: {r['ctx_a']}" for r in rows["train"]}
     for instance in task.instances:
         *before, last = instance.args[0].split("\n\n")
@@ -398,21 +428,27 @@ def test_prompts_are_the_stock_protocol():
 
 
 def test_continuous_results(encoding):
-    task = evaluate.build_task("hellaswag", dict(train=hellaswag_rows(12, 1), validation=hellaswag_rows(5, 2)))
+    task = evaluate.build_task(
+        "hellaswag", dict(train=hellaswag_rows(12, 1), validation=hellaswag_rows(5, 2)))
     answers = iter([(-float(i), False) for i in range(1, 21)])
-    lm = types.SimpleNamespace(loglikelihood=lambda instances: [next(answers) for _ in instances], cut=[True] + [False] * 19)
+    lm = types.SimpleNamespace(loglikelihood=lambda instances: [next(answers) for _ in instances],
+                               cut=[True] + [False] * 19)
     results, rows = evaluate.run_task("hellaswag", task, lm)
     assert results["n"] == 5 and results["cut"] == 1 and rows[0]["cut"] and not rows[1]["cut"]
     for i, (row, doc) in enumerate(zip(rows, task.eval_docs)):
-        assert row["gold"] == doc["gold"] and row["acc"] == (doc["gold"] == 0)  # the first ending has the largest likelihood
-        assert row["gold_nats_per_byte"] == pytest.approx((4 * i + doc["gold"] + 1) / len(doc["choices"][doc["gold"]].encode()))
+        # the first ending has the largest likelihood
+        assert row["gold"] == doc["gold"] and row["acc"] == (doc["gold"] == 0)
+        assert row["gold_nats_per_byte"] == pytest.approx(
+            (4 * i + doc["gold"] + 1) / len(doc["choices"][doc["gold"]].encode()))
     lambada = evaluate.build_task("lambada", dict(test=lambada_rows(50)))
     nats = np.random.default_rng(0).normal(4, 0.5, 50).tolist()
-    lm = types.SimpleNamespace(loglikelihood=lambda instances: [(-n, i < 20) for i, n in enumerate(nats)], cut=[False] * 50)
+    lm = types.SimpleNamespace(
+        loglikelihood=lambda instances: [(-n, i < 20) for i, n in enumerate(nats)], cut=[False] * 50)
     results, _ = evaluate.run_task("lambada", lambada, lm)
     boot = np.exp(np.random.default_rng(1).choice(nats, (4000, 50)).mean(1)).std()
     assert results["acc"] == 0.4 and results["ppl"] == pytest.approx(math.exp(np.mean(nats)))
-    assert results["ppl_stderr"] == pytest.approx(boot, rel=0.1) and results["target_nats"] == pytest.approx(np.mean(nats))
+    assert results["ppl_stderr"] == pytest.approx(boot, rel=0.1) \
+        and results["target_nats"] == pytest.approx(np.mean(nats))
 
 
 # ---- the command ----
@@ -420,31 +456,39 @@ def test_continuous_results(encoding):
 def test_a_study_from_the_command_line_without_a_network(study):
     rows = write_rows(study.tmp / "rows", lambada_openai=lambada_rows(20))
     # nothing answers there, and nothing is in the cache, so that this test is the same with a network
-    env = dict(os.environ, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(study.tmp / "cache"), OMP_NUM_THREADS="1", HF_HUB_OFFLINE="")
-    done = subprocess.run([sys.executable, ROOT / "evaluate.py", study.dir, "--rows", rows, "--device=cpu"], env=env, cwd=study.tmp,
-                          capture_output=True, text=True, timeout=40)  # retries would take longer
+    env = dict(os.environ, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(study.tmp / "cache"),
+               OMP_NUM_THREADS="1", HF_HUB_OFFLINE="")
+    done = subprocess.run(
+        [sys.executable, ROOT / "evaluate.py", study.dir, "--rows", rows, "--device=cpu"], env=env,
+        cwd=study.tmp, capture_output=True, text=True, timeout=40)  # retries would take longer
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     for task in ("hellaswag", "wikitext"):
-        assert sum(line.startswith(f"{task} not available: ") and "cannot be reached (no network)" in line for line in lines) == 1
+        assert sum(line.startswith(f"{task} not available: ")
+                   and "cannot be reached (no network)" in line for line in lines) == 1
     assert "muon_qk-seed42 is left out: diverged" in lines and "muon-seed137 is left out: unfinished" in lines
     results = json.loads((study.dir / "results.json").read_text())
-    assert set(results["runs"]) == {"muon-seed42", "muon_qk-seed137"} and set(results["left_out"]) == {"muon_qk-seed42", "muon-seed137"}
+    assert set(results["runs"]) == {"muon-seed42", "muon_qk-seed137"} \
+        and set(results["left_out"]) == {"muon_qk-seed42", "muon-seed137"}
     for run in results["runs"].values():
-        assert run["checkpoint"] == "ckpt_step_7.pt" and run["step"] == 7 and run["val_tokens"] == len(study.tokens) - 1
+        assert run["checkpoint"] == "ckpt_step_7.pt" and run["step"] == 7 \
+            and run["val_tokens"] == len(study.tokens) - 1
         assert list(run["hellaswag"]) == ["not_available"] == list(run["wikitext"])
         assert run["lambada"]["n"] == 20 and 0 <= run["lambada"]["acc"] <= 1
-    documents = [json.loads(line) for line in (study.dir / "eval" / "muon-seed42_lambada.jsonl").read_text().splitlines()]
+    documents = [json.loads(line)
+                 for line in (study.dir / "eval" / "muon-seed42_lambada.jsonl").read_text().splitlines()]
     assert [d["id"] for d in documents] == list(range(20))
     assert np.mean([d["acc"] for d in documents]) == results["runs"]["muon-seed42"]["lambada"]["acc"]
 
 
 def test_evaluating_again(study, monkeypatch):
-    rows = write_rows(study.tmp / "rows", lambada_openai=lambada_rows(10), wikitext_test=[dict(page="a page \n of text")],
+    rows = write_rows(study.tmp / "rows", lambada_openai=lambada_rows(10),
+                      wikitext_test=[dict(page="a page \n of text")],
                       hellaswag_train=hellaswag_rows(12, 1), hellaswag_validation=hellaswag_rows(5, 2))
     scored = []
     run_task, run_val = evaluate.run_task, evaluate.run_val
-    monkeypatch.setattr(evaluate, "run_task", lambda name, *rest: scored.append(name) or run_task(name, *rest))
+    monkeypatch.setattr(evaluate, "run_task",
+                        lambda name, *rest: scored.append(name) or run_task(name, *rest))
     monkeypatch.setattr(evaluate, "run_val", lambda *rest: scored.append("val") or run_val(*rest))
     path = study.dir / "results.json"
 
@@ -468,13 +512,15 @@ def test_evaluating_again(study, monkeypatch):
     state = torch.load(study.ckpt, weights_only=True)
     state["model"]["wte.weight"] *= 1.1
     torch.save(state, study.ckpt)
-    assert go()["muon-seed42"]["val_loss"] != first["muon-seed42"]["val_loss"] and len(scored) == 4  # one run's four parts
+    # one run's four parts
+    assert go()["muon-seed42"]["val_loss"] != first["muon-seed42"]["val_loss"] and len(scored) == 4
     before = path.read_text()
     path.write_text(before[:100])
     assert go() == json.loads(before)["runs"]  # damaged: evaluated anew
     monkeypatch.setattr(evaluate, "build_task", lambda *args: (_ for _ in ()).throw(OSError("no network")))
     (rows / "lambada_openai.jsonl").unlink()
-    assert go() == json.loads(before)["runs"] and not scored  # local rows' results outlive a start without them
+    # local rows' results outlive a start without them
+    assert go() == json.loads(before)["runs"] and not scored
 
     def killed(model, config, *rest):
         if model.config.qk_norm:
@@ -495,14 +541,17 @@ def test_rows_that_cannot_be_scored_are_named_and_left_out(study, offline, monke
     good, hella = lambada_rows(6), hellaswag_rows(5, 2)
     at = hella[3]["label"]
     hella[3]["endings"][at] = LONG
-    rows = write_rows(study.tmp / "rows", lambada_openai=[good[0], dict(text=f"the sea {LONG}"), *good[1:], dict(text="  sea")],
+    rows = write_rows(study.tmp / "rows", lambada_openai=[good[0], dict(text=f"the sea {LONG}"),
+                                                          *good[1:], dict(text="  sea")],
                       hellaswag_train=hellaswag_rows(12, 1), hellaswag_validation=hella)
     call(monkeypatch, study.dir, "--rows", rows, "--device=cpu")
     out = capsys.readouterr().out
     run = json.loads((study.dir / "results.json").read_text())["runs"]["muon-seed42"]
-    assert "muon-seed42 lambada: row 2, 8 left out: a text to score has no token, nothing before it, or more than 64 tokens" in out
+    assert ("muon-seed42 lambada: row 2, 8 left out: a text to score has no token, nothing before it, "
+            "or more than 64 tokens") in out
     assert "muon-seed42 hellaswag: row 4 left out" in out
-    assert run["lambada"]["left_out"] == [1, 7] and run["hellaswag"]["left_out"] == [3] and run["hellaswag"]["n"] == 4
+    assert run["lambada"]["left_out"] == [1, 7] and run["hellaswag"]["left_out"] == [3] \
+        and run["hellaswag"]["n"] == 4
     write_rows(rows, lambada_openai=good)
     call(monkeypatch, study.dir, "--rows", rows, "--device=cpu")
     clean = json.loads((study.dir / "results.json").read_text())["runs"]["muon-seed42"]["lambada"]
@@ -510,14 +559,16 @@ def test_rows_that_cannot_be_scored_are_named_and_left_out(study, offline, monke
     write_rows(rows, lambada_openai=[dict(text=f"the sea {LONG}")])
     call(monkeypatch, study.dir, "--rows", rows, "--device=cpu")
     run = json.loads((study.dir / "results.json").read_text())["runs"]["muon-seed42"]
-    assert run["lambada"] == dict(not_available="none of its texts can be scored") and run["hellaswag"]["n"] == 4
+    assert run["lambada"] == dict(not_available="none of its texts can be scored") \
+        and run["hellaswag"]["n"] == 4
 
 
 @pytest.mark.parametrize("harm, says", [
     (lambda data: data.rename(data.with_name("elsewhere")), "meta.json is missing"),
     (lambda data: (data / "val_set.bin").unlink(), "val_set.bin is missing"),
     (lambda data: (data / "val_set.bin").write_bytes(b"ab"), "val_set.bin has 2 bytes"),
-    (lambda data: (data / "meta.json").write_text((data / "meta.json").read_text().replace('"val_sha256": "', '"val_sha256": "0')),
+    (lambda data: (data / "meta.json").write_text(
+        (data / "meta.json").read_text().replace('"val_sha256": "', '"val_sha256": "0')),
      "holds other val tokens")])
 def test_without_its_data_all_else_is_evaluated(harm, says, study, offline, monkeypatch, capsys):
     rows = write_rows(study.tmp / "rows", lambada_openai=lambada_rows(5))
@@ -550,15 +601,17 @@ def test_copies_and_foreign_folders_are_named_and_left_out(study, offline, monke
     out = capsys.readouterr().out.splitlines()
     for name in ("muon-seed42.bak", "sgd-seed1"):
         assert sum(f"{name} is left out" in line for line in out) == 1
-    assert set(json.loads((study.dir / "results.json").read_text())["runs"]) == {"muon-seed42", "muon_qk-seed137"}
+    assert set(json.loads((study.dir / "results.json").read_text())["runs"]) == {
+        "muon-seed42", "muon_qk-seed137"}
 
 
 def strict(path):
     return json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"runs": 3}', '{"runs": {"muon-seed42": 3}}', '{"runs": {"muon-seed42": {}}}',
-                                     '{"runs": {"muon-seed42": {"done": 3}}}', '{"runs": {"muon-seed42": {"done": {}, "x": NaN}}}'])
+@pytest.mark.parametrize("content", [
+    "", "[]", "{}", '{"runs": 3}', '{"runs": {"muon-seed42": 3}}', '{"runs": {"muon-seed42": {}}}',
+    '{"runs": {"muon-seed42": {"done": 3}}}', '{"runs": {"muon-seed42": {"done": {}, "x": NaN}}}'])
 def test_damaged_results_are_made_anew(content, study, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "TASKS", {})
     monkeypatch.setattr(evaluate, "summary", lambda name, run: name)
@@ -571,13 +624,15 @@ def test_damaged_results_are_made_anew(content, study, monkeypatch, capsys):
     assert strict(study.dir / "results.json") == whole
 
 
-@pytest.mark.parametrize("weight, factor", [("wte.weight", math.nan), ("norm.weight", 1e38), ("norm.weight", 1e4)])
+@pytest.mark.parametrize("weight, factor", [
+    ("wte.weight", math.nan), ("norm.weight", 1e38), ("norm.weight", 1e4)])
 def test_numbers_that_overflow_never_reach_a_file(weight, factor, study, monkeypatch, capsys):
     """Weights of nan; logits of inf; and a loss that is finite, whose perplexity is not."""
     state = torch.load(study.ckpt, weights_only=True)
     state["model"][weight] *= factor
     torch.save(state, study.ckpt)
-    rows = write_rows(study.tmp / "rows", lambada_openai=lambada_rows(3), wikitext_test=[dict(page="a page \n of text")],
+    rows = write_rows(study.tmp / "rows", lambada_openai=lambada_rows(3),
+                      wikitext_test=[dict(page="a page \n of text")],
                       hellaswag_train=hellaswag_rows(12, 1), hellaswag_validation=hellaswag_rows(5, 2))
     call(monkeypatch, study.dir, "--rows", rows, "--device=cpu")
     runs = strict(study.dir / "results.json")["runs"]
@@ -591,10 +646,12 @@ def test_a_damaged_checkpoint_is_named_and_all_others_are_evaluated(study, monke
     monkeypatch.setattr(evaluate, "TASKS", {})
     monkeypatch.setattr(evaluate, "summary", lambda name, run: name)
     study.ckpt.write_bytes(study.ckpt.read_bytes()[:5000])
-    with pytest.raises(ValueError, match="1 of 2 runs could not be evaluated: .*muon-seed42.*is no whole checkpoint"):
+    with pytest.raises(ValueError, match="1 of 2 runs could not be evaluated: "
+                                         ".*muon-seed42.*is no whole checkpoint"):
         call(monkeypatch, study.dir, "--device=cpu")
     results = strict(study.dir / "results.json")
-    assert set(results["runs"]) == {"muon_qk-seed137"} and "no whole checkpoint" in results["left_out"]["muon-seed42"]
+    assert set(results["runs"]) == {"muon_qk-seed137"} \
+        and "no whole checkpoint" in results["left_out"]["muon-seed42"]
 
 
 def test_results_outlive_their_checkpoints(study, monkeypatch):
@@ -624,7 +681,8 @@ def test_devices_that_are_not_there(device, study, monkeypatch):
 def test_float32_is_not_tf32(study, monkeypatch, capsys):
     """As in a vendor's container, which sets TORCH_ALLOW_TF32_CUBLAS_OVERRIDE."""
     seen, before, real = [], torch.get_float32_matmul_precision(), GPT.hidden
-    monkeypatch.setattr(GPT, "hidden", lambda *args: seen.append(torch.get_float32_matmul_precision()) or real(*args))
+    monkeypatch.setattr(
+        GPT, "hidden", lambda *args: seen.append(torch.get_float32_matmul_precision()) or real(*args))
     try:
         torch.set_float32_matmul_precision("high")
         call(monkeypatch, "--ckpt", study.ckpt, "--sample", "a", "--device=cpu", "--dtype=float32")
@@ -636,9 +694,11 @@ def test_float32_is_not_tf32(study, monkeypatch, capsys):
 def test_one_checkpoint_prints_key_value_lines(study, offline, monkeypatch, capsys):
     rows = write_rows(study.tmp / "rows", lambada_openai=lambada_rows(5))
     call(monkeypatch, "--ckpt", study.ckpt, "--rows", rows, "--device=cpu")
-    printed = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines() if " not available" not in line)
+    printed = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines()
+                   if " not available" not in line)
     nats, counts = scoring.val_losses(tiny_model(False), study.tokens, "float32")
-    assert float(printed["val_loss"]) == pytest.approx(nats.sum() / counts.sum()) and int(printed["lambada_n"]) == 5
+    assert float(printed["val_loss"]) == pytest.approx(nats.sum() / counts.sum()) \
+        and int(printed["lambada_n"]) == 5
     assert printed["hellaswag_not_available"].strip() == "x cannot be reached" and "done" not in printed
     assert not (study.ckpt.parent / "eval").exists()
 
@@ -650,10 +710,12 @@ def test_sample_continues_a_text(study, monkeypatch, capsys):
     model, config = evaluate.load_checkpoint(study.ckpt)
     state = torch.random.get_rng_state()
     assert evaluate.sample(model, config, "Once upon") + "\n" == printed  # and slides past block_size 64
-    assert evaluate.sample(model, config, "Once upon", seed=2) + "\n" != printed and torch.equal(state, torch.random.get_rng_state())
+    assert evaluate.sample(model, config, "Once upon", seed=2) + "\n" != printed \
+        and torch.equal(state, torch.random.get_rng_state())
     with torch.no_grad():
         model.wte.weight[4096:] *= 100  # padded rows win every argmax, and are no text
-    assert evaluate.sample(model, config, "") and evaluate.sample(model, config, "Once", length=3).startswith("Once")
+    assert evaluate.sample(model, config, "") \
+        and evaluate.sample(model, config, "Once", length=3).startswith("Once")
 
 
 # ---- wrong input: one clear line ----
@@ -663,12 +725,15 @@ GOOD = hellaswag_rows(1, 0)[0]
 
 @pytest.mark.parametrize("file, line, expected", [
     ("lambada_openai", "{'text'", "line 2: not JSON"), ("lambada_openai", "[1]", "line 2: not a JSON object"),
-    ("lambada_openai", '{"txt": "a b"}', "line 2: no field 'text'"), ("lambada_openai", '{"text": 3}', "line 2: text is 3"),
+    ("lambada_openai", '{"txt": "a b"}', "line 2: no field 'text'"),
+    ("lambada_openai", '{"text": 3}', "line 2: text is 3"),
     ("lambada_openai", '{"text": " "}', "line 2: text is ' '"), ("lambada_openai", "", "line 2: not JSON"),
     ("wikitext_test", '{"text": "a"}', "line 2: no field 'page'"),
-    ("hellaswag_validation", json.dumps({k: v for k, v in GOOD.items() if k != "endings"}), "line 2: no field 'endings'"),
+    ("hellaswag_validation", json.dumps({k: v for k, v in GOOD.items() if k != "endings"}),
+     "line 2: no field 'endings'"),
     ("hellaswag_validation", json.dumps(dict(GOOD, endings=["a", 2])), "line 2: endings are not all texts"),
-    ("hellaswag_validation", json.dumps(dict(GOOD, label="")), "line 2: label '' names none of the 4 endings"),
+    ("hellaswag_validation", json.dumps(dict(GOOD, label="")),
+     "line 2: label '' names none of the 4 endings"),
     ("hellaswag_validation", json.dumps(dict(GOOD, label=4)), "line 2: label '4' names none"),
     ("hellaswag_validation", json.dumps(dict(GOOD, label="9" * 5000)), "line 2: label '9999"),
     ("hellaswag_validation", json.dumps(dict(GOOD, label=math.nan)), "line 2: label is nan"),
@@ -679,8 +744,8 @@ GOOD = hellaswag_rows(1, 0)[0]
     ("lambada_openai", '{"text": "half a pair \\ud800"}', "line 2: 'utf-8' codec can't encode"),
 ])
 def test_wrong_rows_name_file_and_line(file, line, expected, tmp_path):
-    good = dict(lambada_openai=lambada_rows(1), wikitext_test=[dict(page="a b")], hellaswag_train=hellaswag_rows(10, 1),
-                hellaswag_validation=[GOOD])
+    good = dict(lambada_openai=lambada_rows(1), wikitext_test=[dict(page="a b")],
+                hellaswag_train=hellaswag_rows(10, 1), hellaswag_validation=[GOOD])
     rows = write_rows(tmp_path, **good)
     assert set(evaluate.local_rows(rows)) == set(evaluate.TASKS)
     with open(rows / f"{file}.jsonl", "a") as f:
@@ -691,19 +756,23 @@ def test_wrong_rows_name_file_and_line(file, line, expected, tmp_path):
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
-    (tmp_path / "lambada_openai.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(dict(text="the sea wind")).encode() + b"\r\n")
+    (tmp_path / "lambada_openai.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + json.dumps(dict(text="the sea wind")).encode() + b"\r\n")
     assert evaluate.local_rows(tmp_path)["lambada"][1] == {"test": [dict(text="the sea wind")]}
 
 
 def test_line_separators_inside_a_text_are_no_line_ends(tmp_path):
-    (tmp_path / "lambada_openai.jsonl").write_text(json.dumps(dict(text="one\u2028two\x85three"), ensure_ascii=False) + "\r\n", encoding="utf-8")
+    (tmp_path / "lambada_openai.jsonl").write_text(
+        json.dumps(dict(text="one\u2028two\x85three"), ensure_ascii=False) + "\r\n", encoding="utf-8")
     assert evaluate.local_rows(tmp_path)["lambada"][1] == {"test": [dict(text="one\u2028two\x85three")]}
 
 
 def test_wrong_row_folders(tmp_path):
-    for files, expected in ((dict(), "holds no rows"), (dict(lambada_openai=[]), "lambada_openai.jsonl is empty"),
-                            (dict(hellaswag_validation=[GOOD]), "hellaswag_train.jsonl is missing"),
-                            (dict(hellaswag_validation=[GOOD], hellaswag_train=hellaswag_rows(9, 1)), "9 rows, fewer than the 10 shots")):
+    for files, expected in (
+            (dict(), "holds no rows"), (dict(lambada_openai=[]), "lambada_openai.jsonl is empty"),
+            (dict(hellaswag_validation=[GOOD]), "hellaswag_train.jsonl is missing"),
+            (dict(hellaswag_validation=[GOOD], hellaswag_train=hellaswag_rows(9, 1)),
+             "9 rows, fewer than the 10 shots")):
         folder = write_rows(tmp_path / str(len(expected)), **files)
         with pytest.raises(ValueError, match=expected):
             evaluate.local_rows(folder)
@@ -711,7 +780,8 @@ def test_wrong_row_folders(tmp_path):
         row_file.unlink()
     for content in (b'{"text": "a b"}\n{"text": "\xff"}\n', '{"text": "a b"}\n'.encode("utf-16")):
         (folder / "lambada_openai.jsonl").write_bytes(content)
-        with pytest.raises(ValueError, match=rf"lambada_openai.jsonl, line {1 + (content[0] == 123)}: not JSON"):
+        with pytest.raises(ValueError,
+                           match=rf"lambada_openai.jsonl, line {1 + (content[0] == 123)}: not JSON"):
             evaluate.local_rows(folder)
 
 
@@ -730,14 +800,18 @@ def test_wrong_checkpoints_and_folders(study, monkeypatch):
     with pytest.raises(ValueError, match="no such file"):
         evaluate.load_checkpoint(study.tmp / "none.pt")
     torch.save(dict(state, config=dict(state["config"], data=dict(tokenizer="gpt2"))), other)
-    for tool in (lambda: call(monkeypatch, "--ckpt", other, "--sample", "a"), lambda: export.export(other, study.tmp / "hf"),
+    for tool in (lambda: call(monkeypatch, "--ckpt", other, "--sample", "a"),
+                 lambda: export.export(other, study.tmp / "hf"),
                  lambda: call(monkeypatch, "--ckpt", other)):
-        with pytest.raises(ValueError, match="tokenizer gpt2 has 50,257 ids and does not fit the checkpoint's vocab_size 4,160"):
+        with pytest.raises(ValueError, match="tokenizer gpt2 has 50,257 ids and does not fit the "
+                                             "checkpoint's vocab_size 4,160"):
             tool()
     (study.tmp / "empty").mkdir()
-    for args, expected in (([study.tmp / "none"], "no such folder"), ([study.tmp / "empty"], "holds no final checkpoint"), ([], "give a"),
-                           ([study.dir, "--ckpt", study.ckpt], "give a"), ([study.dir, "--sample", "a"], "give a"),
-                           ([study.dir, "--rows", study.tmp / "none"], "holds no rows")):
+    for args, expected in (
+            ([study.tmp / "none"], "no such folder"),
+            ([study.tmp / "empty"], "holds no final checkpoint"), ([], "give a"),
+            ([study.dir, "--ckpt", study.ckpt], "give a"), ([study.dir, "--sample", "a"], "give a"),
+            ([study.dir, "--rows", study.tmp / "none"], "holds no rows")):
         with pytest.raises(ValueError, match=expected):
             call(monkeypatch, *args)
     study.ckpt.unlink()
@@ -746,9 +820,12 @@ def test_wrong_checkpoints_and_folders(study, monkeypatch):
 
 
 @pytest.mark.parametrize("script, args", [
-    ("evaluate.py", ["--ckpt", "none.pt"]), ("evaluate.py", ["none"]), ("evaluate.py", ["--dtype=float8", "none"]),
-    ("evaluate.py", ["--device=foo", "none"]), ("tools/export.py", ["none.pt", "hf"]), ("tools/export.py", ["none.pt"])])
+    ("evaluate.py", ["--ckpt", "none.pt"]), ("evaluate.py", ["none"]),
+    ("evaluate.py", ["--dtype=float8", "none"]), ("evaluate.py", ["--device=foo", "none"]),
+    ("tools/export.py", ["none.pt", "hf"]), ("tools/export.py", ["none.pt"])])
 def test_errors_are_one_line(script, args, tmp_path):
-    done = subprocess.run([sys.executable, ROOT / script, *args], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stdout == "" and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    done = subprocess.run([sys.executable, ROOT / script, *args], cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert done.returncode == 1 and done.stdout == "" and done.stderr.startswith("error: ") \
+        and done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())

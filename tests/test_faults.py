@@ -1,4 +1,5 @@
-"""A run survives anything: kills, signals, NaNs, full disks, damaged files, several processes; and repeats to the bit."""
+"""A run survives anything: kills, signals, NaNs, full disks, damaged files, several processes;
+and repeats to the bit."""
 import hashlib
 import json
 import math
@@ -17,15 +18,18 @@ import torch
 
 import study
 import system
-from test_smoke import ENV, ROOT, TINY, data, runs, train, write_data  # noqa: F401 (data and runs are fixtures)
+from test_smoke import ENV, ROOT, TINY, data, runs, train, write_data  # noqa: F401 (data, runs: fixtures)
 
-LONG = ["--max_tokens=3840", "--log_interval=7", "--ckpt_interval_s=1e-9"]  # 60 steps, a rolling checkpoint after each
+# 60 steps, a rolling checkpoint after each
+LONG = ["--max_tokens=3840", "--log_interval=7", "--ckpt_interval_s=1e-9"]
 TIMES = ("tokens_per_s",)  # all that may differ between two runs
 
 
 def start(out_dir, data_dir, *args, arm="muon_qk", env=ENV, launcher=()):
-    return subprocess.Popen([sys.executable, *launcher, str(ROOT / "train.py"), str(ROOT / f"config/{arm}.py"), *TINY, f"--data_dir={data_dir}",
-                             f"--out_dir={out_dir}", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    return subprocess.Popen([sys.executable, *launcher, str(ROOT / "train.py"),
+                             str(ROOT / f"config/{arm}.py"), *TINY, f"--data_dir={data_dir}",
+                             f"--out_dir={out_dir}", *args],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
 
 
 def wait_for_log(out_dir, n_rows, child):
@@ -62,7 +66,8 @@ def alone(data, tmp_path_factory):  # noqa: F811
 
 
 def kill_loop(out, data_dir, kills, rng):
-    """Kill -9 a run at random moments until it was killed so often, then let it end. Returns how often it was killed."""
+    """Kill -9 a run at random moments until it was killed so often, then let it end. Returns
+    how often it was killed."""
     done = 0
     while done < kills:
         rows = len(study.read_log(out)[0])
@@ -96,16 +101,20 @@ def test_twenty_kills(tmp_path, data):  # noqa: F811
 
 
 def test_killed_inside_each_kind_of_write(tmp_path, data, alone):  # noqa: F811
-    """The process dies right before the rename or in the middle of a row: nothing half-written passes for whole."""
+    """The process dies right before the rename or in the middle of a row: nothing
+    half-written passes for whole."""
     out = tmp_path / "r"
-    crash = ("import os, sys, runpy\nsys.path.insert(0, {root!r})\nsys.argv = sys.argv[1:]\nreal, seen = os.{call}, [0]\n"
-             "def dying(*a, **k):\n    seen[0] += {match}\n    if seen[0] == {nth}:\n        os.kill(os.getpid(), 9)\n    return real(*a, **k)\n"
+    crash = ("import os, sys, runpy\nsys.path.insert(0, {root!r})\nsys.argv = sys.argv[1:]\n"
+             "real, seen = os.{call}, [0]\ndef dying(*a, **k):\n    seen[0] += {match}\n"
+             "    if seen[0] == {nth}:\n        os.kill(os.getpid(), 9)\n    return real(*a, **k)\n"
              "os.{call} = dying\nrunpy.run_path(sys.argv[0], run_name='__main__')\n")
-    for call, match, nth in (("replace", "'ckpt_step' in str(a[1])", 2), ("replace", "'sv_layer' in str(a[1])", 2),
-                             ("replace", "'rolling' in str(a[1])", 9), ("truncate", "1", 1), ("fsync", "1", 5)):
+    for call, match, nth in (
+            ("replace", "'ckpt_step' in str(a[1])", 2), ("replace", "'sv_layer' in str(a[1])", 2),
+            ("replace", "'rolling' in str(a[1])", 9), ("truncate", "1", 1), ("fsync", "1", 5)):
         code = crash.format(root=str(ROOT), call=call, match=match, nth=nth)
-        child = subprocess.run([sys.executable, "-c", code, str(ROOT / "train.py"), str(ROOT / "config/muon_qk.py"), *TINY,
-                                f"--data_dir={data}", f"--out_dir={out}", *LONG], capture_output=True, env=ENV)
+        child = subprocess.run([sys.executable, "-c", code, str(ROOT / "train.py"),
+                                str(ROOT / "config/muon_qk.py"), *TINY, f"--data_dir={data}",
+                                f"--out_dir={out}", *LONG], capture_output=True, env=ENV)
         assert child.returncode == -9, (call, match, child.stderr)
     train(out, data, *LONG)
     assert_same_run(alone, out)
@@ -141,14 +150,17 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, data, alone, number):  #
 
 def poisoned():
     """A wrapper of train.py whose loss is NaN on the blocks whose first two tokens are in {keys}."""
-    return ("import sys, runpy, torch\nsys.path.insert(0, {root!r})\nimport model\nreal, calls = model.GPT.forward, [0]\n"
-            "def forward(self, idx, targets=None):\n    loss = real(self, idx, targets)\n    if not torch.is_grad_enabled():\n        return loss\n"
-            "    key = int(idx[0, 0]) * 65536 + int(idx[0, 1])\n    return loss * float('nan') if key in {keys} else loss\n"
-            "model.GPT.forward = forward\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n")
+    return ("import sys, runpy, torch\nsys.path.insert(0, {root!r})\nimport model\n"
+            "real, calls = model.GPT.forward, [0]\ndef forward(self, idx, targets=None):\n"
+            "    loss = real(self, idx, targets)\n    if not torch.is_grad_enabled():\n"
+            "        return loss\n    key = int(idx[0, 0]) * 65536 + int(idx[0, 1])\n"
+            "    return loss * float('nan') if key in {keys} else loss\nmodel.GPT.forward = forward\n"
+            "sys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n")
 
 
 def first_tokens(data_dir, seed, batch, sequences=4, block=16):
-    """The key of poisoned() for the first sequence of a global batch: the data order, written again in plain numpy."""
+    """The key of poisoned() for the first sequence of a global batch: the data order,
+    written again in plain numpy."""
     tokens = np.fromfile(data_dir / "train.bin", "<u2").astype(int)
     n = (len(tokens) - 1) // block
     epoch, i = divmod(batch * sequences, n)
@@ -160,8 +172,10 @@ def run_poisoned(out, data_dir, batches):
     keys = {first_tokens(data_dir, 42, b) for b in batches}
     assert len(keys) == len(batches)
     code = poisoned().format(root=str(ROOT), keys=keys)
-    return subprocess.run([sys.executable, "-c", code, str(ROOT / "train.py"), str(ROOT / "config/muon_qk.py"), *TINY, f"--data_dir={data_dir}",
-                           f"--out_dir={out}", "--max_tokens=3840", "--log_interval=7"], capture_output=True, text=True, env=ENV)
+    return subprocess.run([sys.executable, "-c", code, str(ROOT / "train.py"),
+                           str(ROOT / "config/muon_qk.py"), *TINY, f"--data_dir={data_dir}",
+                           f"--out_dir={out}", "--max_tokens=3840", "--log_interval=7"],
+                          capture_output=True, text=True, env=ENV)
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +207,8 @@ def test_nan_a_second_time_is_diverged_which_is_a_result(tmp_path, distinct):
     assert done.returncode == 0, done.stderr
     run = study.load_run(tmp_path / "r")
     assert run["status"] == "diverged" and run["val_loss"] == math.inf
-    assert [e["event"] for e in run["events"] if e["event"] in ("restart", "diverged")] == ["restart", "diverged"]
+    assert [e["event"] for e in run["events"] if e["event"] in ("restart", "diverged")] == [
+        "restart", "diverged"]
     again = run_poisoned(tmp_path / "r", distinct, [25, 40])
     assert again.returncode == 0 and "is diverged: nothing to do" in again.stdout
 
@@ -220,13 +235,17 @@ def test_second_process_on_an_out_dir_is_refused(tmp_path, data):  # noqa: F811
 
 
 def test_full_disk(tmp_path, data):  # noqa: F811
-    """A file size limit stands in for a full disk: one line, the earlier files intact, the next start goes on."""
+    """A file size limit stands in for a full disk: one line, the earlier files intact,
+    the next start goes on."""
     out = tmp_path / "r"
-    child = subprocess.run([sys.executable, str(ROOT / "train.py"), str(ROOT / "config/muon_qk.py"), *TINY, f"--data_dir={data}", f"--out_dir={out}",
-                            "--n_ckpt=2"], capture_output=True, text=True, env=ENV,
-                           preexec_fn=lambda: (signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))))
+    child = subprocess.run([sys.executable, str(ROOT / "train.py"), str(ROOT / "config/muon_qk.py"),
+                            *TINY, f"--data_dir={data}", f"--out_dir={out}", "--n_ckpt=2"],
+                           capture_output=True, text=True, env=ENV, preexec_fn=lambda: (
+                               signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
+                               resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))))
     assert child.returncode == 1 and "Traceback" not in child.stderr, child.stderr
-    assert child.stderr.strip().startswith("error: cannot write into") and len(child.stderr.strip().splitlines()) == 1
+    assert child.stderr.strip().startswith("error: cannot write into") \
+        and len(child.stderr.strip().splitlines()) == 1
     assert not list(out.glob("*.tmp")) and not list(out.glob("ckpt*")) and len(study.read_log(out)[0]) >= 1
     train(out, data, "--n_ckpt=2")
     assert study.load_run(out)["status"] == "finished"
@@ -271,7 +290,8 @@ def test_checkpoint_of_another_shape(tmp_path, data):  # noqa: F811
     state["model"]["wte.weight"] = torch.zeros(8, 8)
     torch.save(state, out / "ckpt_rolling.pt")
     before = (out / "log.jsonl").read_bytes()
-    assert "holds a model of another shape" in train(out, data, "--max_tokens=3840", "--log_interval=7", ok=False)
+    assert "holds a model of another shape" in train(out, data, "--max_tokens=3840", "--log_interval=7",
+                                                     ok=False)
     assert (out / "log.jsonl").read_bytes() == before
 
 
@@ -279,7 +299,8 @@ def test_log_that_was_cut(tmp_path, data):  # noqa: F811
     out = tmp_path / "r"
     stopped_run(out, data)
     os.truncate(out / "log.jsonl", 100)
-    assert "is shorter than its checkpoint says" in train(out, data, "--max_tokens=3840", "--log_interval=7", ok=False)
+    assert "is shorter than its checkpoint says" in train(out, data, "--max_tokens=3840",
+                                                          "--log_interval=7", ok=False)
 
 
 def test_data_changed_since_the_run_began(tmp_path, data):  # noqa: F811
@@ -297,7 +318,8 @@ def test_read_only_folder(tmp_path, data):  # noqa: F811
 
 # ---- several processes
 def torchrun(out, data_dir, n, *args, arm="muon_qk", ok=True):
-    child = start(out, data_dir, *args, arm=arm, launcher=("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"))
+    child = start(out, data_dir, *args, arm=arm, launcher=(
+        "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}"))
     stdout, stderr = child.communicate(timeout=200)
     assert (child.returncode == 0) == ok, stderr
     return stdout
@@ -305,8 +327,9 @@ def torchrun(out, data_dir, n, *args, arm="muon_qk", ok=True):
 
 @pytest.mark.parametrize("arm, numbers", [("muon_qk", (2, 4)), ("adamw", (2,))])
 def test_one_two_and_four_processes_agree(tmp_path, data, arm, numbers):  # noqa: F811
-    """To 1e-4 over 20 steps in float32. Newton-Schulz rounds to bfloat16 where the device multiplies it, whatever the dtype, so that a last bit in a
-    gradient can move a Muon update by 1/256: hence the modest learning rate."""
+    """To 1e-4 over 20 steps in float32. Newton-Schulz rounds to bfloat16 where the device multiplies
+    it, whatever the dtype, so that a last bit in a gradient can move a Muon update by 1/256: hence
+    the modest learning rate."""
     args = ["--learning_rate=0.002"]
     train(tmp_path / "1", data, *args, arm=arm)
     one = study.load_run(tmp_path / "1")
@@ -316,14 +339,16 @@ def test_one_two_and_four_processes_agree(tmp_path, data, arm, numbers):  # noqa
         assert [r["step"] for r in run["rows"]] == [r["step"] for r in one["rows"]]
         for key in ("val_loss", "train_loss", "grad_norm", "mean_pr"):
             a, b = ([r[key] or 0 for r in x["rows"]] for x in (one, run))
-            assert np.allclose(a, b, rtol=0, atol=1e-4 if "loss" in key else 5e-3), (n, key, np.abs(np.subtract(a, b)).max())
+            assert np.allclose(a, b, rtol=0, atol=1e-4 if "loss" in key else 5e-3), (
+                n, key, np.abs(np.subtract(a, b)).max())
 
 
 def test_resume_with_another_number_of_processes(tmp_path, data, alone):  # noqa: F811
     out = tmp_path / "r"
     stopped_run(out, data)
     torchrun(out, data, 2, "--max_tokens=3840", "--log_interval=7")
-    assert "nothing to do" in torchrun(out, data, 2, "--max_tokens=3840", "--log_interval=7")  # all ranks leave
+    # all ranks leave
+    assert "nothing to do" in torchrun(out, data, 2, "--max_tokens=3840", "--log_interval=7")
     a, b = study.load_run(alone), study.load_run(out)
     assert [r["step"] for r in a["rows"]] == [r["step"] for r in b["rows"]]
     assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-3)
@@ -334,11 +359,13 @@ def strict_log(out_dir):
     """log.jsonl as JSON has it: no NaN, no Infinity."""
     def refuse(word):
         raise AssertionError(f"{word} is no JSON")
-    return [json.loads(line, parse_constant=refuse) for line in (Path(out_dir) / "log.jsonl").read_text().splitlines()]
+    return [json.loads(line, parse_constant=refuse)
+            for line in (Path(out_dir) / "log.jsonl").read_text().splitlines()]
 
 
 def test_a_restart_without_a_checkpoint_restores_all_of_the_start(tmp_path, distinct):
-    """Norm gains too: step 0 is what it was, to the last digit, and carries nothing of the step that exploded."""
+    """Norm gains too: step 0 is what it was, to the last digit, and carries nothing of
+    the step that exploded."""
     train(tmp_path / "alone", distinct, "--max_tokens=3840", "--log_interval=7")
     first = study.load_run(tmp_path / "alone")["rows"][0]
     done = run_poisoned(tmp_path / "r", distinct, [3])
@@ -384,13 +411,15 @@ def test_ranks_with_different_checkpoints_leave(tmp_path, data):  # noqa: F811
     """Two machines whose folders differ: nothing runs, and one line says so."""
     stopped_run(tmp_path / "r0", data)
     (tmp_path / "r1").mkdir()
-    (tmp_path / "rank.py").write_text(f"import os, runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\nsys.argv = [{str(ROOT / 'train.py')!r}, "
-                                      f"*sys.argv[1:], '--out_dir={tmp_path}/r' + os.environ['RANK']]\n"
-                                      "runpy.run_path(sys.argv[0], run_name='__main__')\n")
+    (tmp_path / "rank.py").write_text(
+        f"import os, runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\nsys.argv = ["
+        f"{str(ROOT / 'train.py')!r}, *sys.argv[1:], '--out_dir={tmp_path}/r' + os.environ['RANK']]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n")
     before = (tmp_path / "r0/log.jsonl").read_bytes()
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(tmp_path / "rank.py"),
-                           str(ROOT / "config/muon_qk.py"), *TINY, f"--data_dir={data}", "--max_tokens=3840", "--log_interval=7"],
-                          capture_output=True, text=True, env=ENV)
+    done = subprocess.run([
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+        str(tmp_path / "rank.py"), str(ROOT / "config/muon_qk.py"), *TINY, f"--data_dir={data}",
+        "--max_tokens=3840", "--log_interval=7"], capture_output=True, text=True, env=ENV)
     assert done.returncode and "error: the processes read different checkpoints" in done.stderr, done.stderr
     assert (tmp_path / "r0/log.jsonl").read_bytes() == before
 
@@ -405,14 +434,17 @@ def test_without_git(tmp_path, data):  # noqa: F811
 
 def wrapped(tmp_path, code, *args, env=ENV):
     """train.py after some lines of code."""
-    (tmp_path / "wrapper.py").write_text(f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}\n"
-                                         f"sys.argv = [{str(ROOT / 'train.py')!r}, *sys.argv[1:]]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n")
-    return subprocess.run([sys.executable, tmp_path / "wrapper.py", str(ROOT / "config/muon_qk.py"), *TINY, *args], capture_output=True,
-                          text=True, env=env)
+    (tmp_path / "wrapper.py").write_text(
+        f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\n{code}\n"
+        f"sys.argv = [{str(ROOT / 'train.py')!r}, *sys.argv[1:]]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n")
+    return subprocess.run([sys.executable, tmp_path / "wrapper.py", str(ROOT / "config/muon_qk.py"),
+                           *TINY, *args], capture_output=True, text=True, env=env)
 
 
 def test_a_file_system_without_locks(tmp_path, data):  # noqa: F811
-    done = wrapped(tmp_path, "import errno, fcntl\ndef flock(*args):\n    raise OSError(errno.ENOLCK, 'No locks available')\nfcntl.flock = flock",
+    done = wrapped(tmp_path, "import errno, fcntl\ndef flock(*args):\n    raise OSError(errno.ENOLCK, "
+                             "'No locks available')\nfcntl.flock = flock",
                    f"--data_dir={data}", f"--out_dir={tmp_path / 'r'}", "--max_tokens=64")
     assert done.returncode == 0 and "has no locks" in done.stdout, done.stderr
 
@@ -426,14 +458,17 @@ def test_a_compiler_that_does_not_work_means_eager(tmp_path, data):  # noqa: F81
 
 
 def test_rank_left_in_the_environment(tmp_path, data):  # noqa: F811
-    child = start(tmp_path / "r", data, "--max_tokens=64", env=dict(ENV, RANK="3", WORLD_SIZE="8", MASTER_ADDR="nowhere"))
+    child = start(tmp_path / "r", data, "--max_tokens=64",
+                  env=dict(ENV, RANK="3", WORLD_SIZE="8", MASTER_ADDR="nowhere"))
     assert child.wait(60) == 0, child.stderr.read()
 
 
 def test_home_in_a_path(tmp_path, data):  # noqa: F811
     (tmp_path / "d").symlink_to(data)
-    child = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "config/muon.py", *TINY, "--data_dir=~/d", "--out_dir=~/r", "--max_tokens=64"],
-                             env=dict(ENV, HOME=str(tmp_path)), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen([sys.executable, str(ROOT / "train.py"), "config/muon.py", *TINY,
+                              "--data_dir=~/d", "--out_dir=~/r", "--max_tokens=64"],
+                             env=dict(ENV, HOME=str(tmp_path)), cwd=tmp_path,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert child.wait() == 0, child.stderr.read()
     assert (tmp_path / "r/log.jsonl").exists() and not (tmp_path / "~").exists()
 
@@ -443,11 +478,13 @@ def test_hangup_saves(tmp_path, data):  # noqa: F811
     wait_for_log(tmp_path / "r", 1, child)
     child.send_signal(signal.SIGHUP)
     out, err = child.communicate()
-    assert child.returncode == 129 and "stopped by SIGHUP" in out and (tmp_path / "r/ckpt_rolling.pt").exists(), err
+    assert child.returncode == 129 and "stopped by SIGHUP" in out \
+        and (tmp_path / "r/ckpt_rolling.pt").exists(), err
 
 
 def test_a_folder_from_before_a_key_existed(tmp_path, data, runs):  # noqa: F811
-    """An update of the scripts orphans no run: a missing key stands for its default, and a changed value is still refused."""
+    """An update of the scripts orphans no run: a missing key stands for its default, and a changed
+    value is still refused."""
     import shutil
     out = tmp_path / "muon_qk-seed42"
     shutil.copytree(runs / "muon_qk-seed42", out)
@@ -460,7 +497,9 @@ def test_a_folder_from_before_a_key_existed(tmp_path, data, runs):  # noqa: F811
 
 
 def test_an_interval_of_zero_is_off(tmp_path, data):  # noqa: F811
-    train(tmp_path / "r", data, "--log_interval=0", "--sv_interval=0", "--ckpt_interval_s=0", "--n_ckpt=2", "--first_look=0")
+    train(tmp_path / "r", data, "--log_interval=0", "--sv_interval=0", "--ckpt_interval_s=0",
+          "--n_ckpt=2", "--first_look=0")
     run = study.load_run(tmp_path / "r")
     assert [row["step"] for row in run["rows"]] == [10, 20]
-    assert sorted(p.name for p in (tmp_path / "r").glob("sv_layer_0*")) == ["sv_layer_0_step_10.npy", "sv_layer_0_step_20.npy"]
+    assert sorted(p.name for p in (tmp_path / "r").glob("sv_layer_0*")) == [
+        "sv_layer_0_step_10.npy", "sv_layer_0_step_20.npy"]

@@ -1,24 +1,33 @@
 """plot.py on synthetic studies: what the figures show is what the logs hold, on whole and on half-done studies."""
 import json
+import math
+import runpy
+import shutil
 import struct
-import sys
 import xml.etree.ElementTree as ET
+from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import QuadMesh
+from matplotlib.legend import Legend
 
+import configurator
 import plot
 import synthetic
-from study import ARMS, LABELS, SCALES, chosen, load_runs
+from study import ARMS, FACTORIAL, LABELS, chosen, grid, load_run, load_runs
 
-FIGURES = ["1_val_loss", "2_mean_pr", "3_loss_vs_pr", "4_pr_heatmap", "5_spectra", "6_lr_sweep"]
-SWEEP = {arm: [f"{arm}-lr{lr:g}" for lr in grid] for arm, grid in SCALES["mini"]["grids"].items()}  # names of runs
+FIGURES = ["1_val_loss", "2_mean_pr", "3_loss_vs_pr", "4_pr_heatmap", "5_spectra", "6_lr_sweep", "7_rates"]
+SWEEP = {arm: [f"{arm}-lr{lr:g}" for lr in grid("mini", arm)] for arm in ARMS}  # names of runs
+FROZEN = {"adamw_qk_frozen": {}, "muon_qk_frozen": {}}  # arms beside the 2x2
+ROOT = Path(plot.__file__).parent
 
 
-def run_plot(folder, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["plot.py", str(folder)])
+def run_plot(folder, monkeypatch, capsys, *more):
     monkeypatch.setattr(plot, "SEEDS", [42, 137])
-    plot.main()
+    plot.main([str(folder), *map(str, more)])
     return capsys.readouterr().out.splitlines()
 
 
@@ -27,14 +36,23 @@ def svg_text(folder, name):
     return " ".join(text for e in texts for text in e.itertext())
 
 
+def lines_in_marker(ax, marker):
+    return [line for line in ax.lines if line.get_marker() == marker]
+
+
+def words(text):
+    return " ".join(text.split())
+
+
 def lines_in(ax, arm, width):
     return [line for line in ax.lines if line.get_color() == plot.STYLE[arm]["color"] and line.get_linewidth() == width]
 
 
 @pytest.mark.parametrize("scale, n_layer, seeds", [
-    ("mini", 6, (42, 137)), ("80m", 22, (42, 137, 7)), ("mini", 1, (42,))])
+    ("mini", 6, (42, 137)), ("80m", 22, (42,)), ("ci", 1, (42, 137, 7))])
 def test_whole_study(tmp_path, monkeypatch, capsys, scale, n_layer, seeds):
-    synthetic.make_study(tmp_path, scale=scale, n_layer=n_layer, seeds=seeds)
+    arms = FROZEN if scale == "ci" else {}
+    synthetic.make_study(tmp_path, scale=scale, n_layer=n_layer, seeds=seeds, arms=arms, beside={})
     (tmp_path / "preregistered.json").write_text(json.dumps(dict(seeds=seeds)))
     lines = run_plot(tmp_path, monkeypatch, capsys)
     assert not [line for line in lines if line.startswith(("missing", "diverged"))]
@@ -43,11 +61,8 @@ def test_whole_study(tmp_path, monkeypatch, capsys, scale, n_layer, seeds):
     for name in FIGURES:
         png = (tmp_path / "figures" / f"{name}.png").read_bytes()
         assert png[:8] == b"\x89PNG\r\n\x1a\n" and struct.unpack(">I", png[16:20])[0] == 1050
-        assert all(LABELS[arm] in svg_text(tmp_path, name) for arm in ARMS)
+        assert all(words(LABELS[arm]) in words(svg_text(tmp_path, name)) for arm in [*FACTORIAL, *arms])
     assert f"layer {n_layer} of {n_layer}" in svg_text(tmp_path, "5_spectra")
-    before = {p.name: p.read_bytes() for p in (tmp_path / "figures").iterdir()}
-    run_plot(tmp_path, monkeypatch, capsys)
-    assert before == {p.name: p.read_bytes() for p in (tmp_path / "figures").iterdir()}
 
 
 def test_half_done_study_draws_what_there_is_and_names_the_rest(tmp_path, monkeypatch, capsys):
@@ -56,14 +71,14 @@ def test_half_done_study_draws_what_there_is_and_names_the_rest(tmp_path, monkey
                          absent=["muon_qk", "adamw_qk-seed137", absent])
     lines = run_plot(tmp_path, monkeypatch, capsys)
     named = {line.split(": ")[1] for line in lines if line.startswith("missing")}
-    assert {"muon-seed42", "muon-seed137", "muon_qk-seed42", "muon_qk-seed137", "adamw_qk-seed137", running, absent,
-            "muon"} == named
-    assert {line.split(": ")[1] for line in lines if line.startswith("diverged")} == {"adamw-seed137", lost}
-    assert "seed 137 diverged" in svg_text(tmp_path, "1_val_loss")
+    assert {"muon-seed42", "muon-seed137", "muon_qk-seed42", "muon_qk-seed137", "adamw_qk-seed137",
+            f"sweep/{running}", f"sweep/{absent}", "muon"} == named
+    assert {line.split(": ")[1] for line in lines if line.startswith("diverged")} == {"adamw-seed137", f"sweep/{lost}"}
+    assert "2 seeds; X: 137 diverged" in svg_text(tmp_path, "1_val_loss")
     sweep = svg_text(tmp_path, "6_lr_sweep")
     assert "diverged" in sweep and "Muon: none chosen yet" in sweep
     half = load_runs(tmp_path)[0]["config"]["max_tokens"] // 2  # the last checkpoint that every arm with one has
-    assert f"at {plot.millions(half)} tokens" in svg_text(tmp_path, "4_pr_heatmap")
+    assert f"at {plot.amount(half)} tokens" in svg_text(tmp_path, "4_pr_heatmap")
     assert all((tmp_path / "figures" / f"{name}.png").exists() for name in FIGURES)
 
 
@@ -72,16 +87,22 @@ def test_sweep_alone_and_no_stale_figure(tmp_path, monkeypatch, capsys):
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "1_val_loss.png").write_text("of an earlier study")
     lines = run_plot(tmp_path, monkeypatch, capsys)
-    assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == ["6_lr_sweep.png", "6_lr_sweep.svg"]
+    made = [f"{name}.{kind}" for name in FIGURES[5:] for kind in ("png", "svg")]
+    assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == made
     assert sum(line.startswith("missing") for line in lines) == 5 + len(ARMS) * 2
 
 
 @pytest.mark.parametrize("make, says", [
     (lambda d: None, "holds no run"),
     (lambda d: synthetic.make_study(d, absent=ARMS, unfinished=sum(SWEEP.values(), [])), "nothing to draw"),
-    (lambda d: (synthetic.make_study(d) / "adamw-seed42/log.jsonl").write_text("{\n{}\n"), "not JSON")])
+    (lambda d: (synthetic.make_study(d) / "chosen_lr.json").write_text("{"), "chosen_lr.json is no JSON"),
+    (lambda d: (synthetic.make_study(d) / "chosen_lr.json").write_text('{"muon": 1}'), "chosen_lr.json holds no"),
+    (lambda d: (synthetic.make_study(d) / "preregistered.json").write_text("[]"), "preregistered.json holds no"),
+    (lambda d: (synthetic.make_study(d) / "preregistered.json").write_text("{}"), "preregistered.json names no seeds"),
+    (lambda d: (synthetic.make_study(d) / "figures").write_text(""), "cannot be written"),
+    (lambda d: d.write_text(""), "is no folder")])
 def test_nothing_to_draw_is_one_line(tmp_path, monkeypatch, capsys, make, says):
-    make(tmp_path / "study")
+    (tmp_path / "study").mkdir() if says == "holds no run" else make(tmp_path / "study")
     with pytest.raises(SystemExit) as e:
         run_plot(tmp_path / "study", monkeypatch, capsys)
     assert e.value.code.startswith("error: ") and says in e.value.code and "\n" not in e.value.code
@@ -104,7 +125,7 @@ def test_curves_are_means_over_seeds_and_show_each_seed():
         rows = [r["rows"] for r in main if r["config"]["arm"] == arm and r["status"] == "finished"]
         [mean] = lines_in(whole, arm, 2)
         assert len(lines_in(whole, arm, 0.7)) == 3
-        assert np.allclose(mean.get_xdata(), [row["tokens"] / 1e6 for row in rows[0]])
+        assert np.allclose(mean.get_xdata(), [row["tokens"] for row in rows[0]])
         assert np.allclose(mean.get_ydata(), np.mean([[row["val_loss"] for row in run] for run in rows], 0))
     # neither step 0 nor, in the last third, an earlier row rules the axis
     losses = [(row["tokens"], row["val_loss"]) for r in main if r["status"] == "finished" for row in r["rows"]]
@@ -122,7 +143,7 @@ def test_an_exploding_run_does_not_rule_the_axis():
     fig = plot.val_loss(main)
     assert all(np.isfinite(line.get_ydata()).all() for line in fig.axes[0].lines)
     assert fig.axes[0].get_ylim()[1] < 10
-    assert "seed 42 diverged" in [t.get_text() for t in fig.axes[0].texts]
+    assert [len(lines_in_marker(ax, "X")) for ax in fig.axes] == [1, 0]
 
 
 def test_arms_are_compared_at_the_latest_tokens_that_all_have():
@@ -138,7 +159,7 @@ def test_arms_are_compared_at_the_latest_tokens_that_all_have():
 
 def test_scatter_has_each_run_at_each_checkpoint():
     main = synthetic.study()[0]
-    every, final = plot.loss_vs_pr(main, 64, plot.latest_common(main)).axes
+    every, final = plot.loss_vs_pr(main, plot.latest_common(main)).axes
     points = {(line.get_xdata()[0], line.get_ydata()[0]) for line in every.lines if len(line.get_xdata()) == 1}
     rows = [row for run in main for row in plot.checkpoints(run).values()]
     assert len(rows) == 8 * 6 and points == {(row["mean_pr"], row["val_loss"]) for row in rows}
@@ -148,7 +169,7 @@ def test_scatter_has_each_run_at_each_checkpoint():
 
 def test_heatmap_is_the_mean_over_seeds_red_low_blue_high():
     main = synthetic.study(seeds=(1, 2, 3), diverged=["muon_qk"])[0]
-    ax, bar = plot.pr_heatmap(main, 64, plot.latest_common(main)).axes
+    ax, bar = plot.pr_heatmap(main, plot.latest_common(main)).axes
     image = ax.images[0]
     for j, arm in enumerate(ARMS[:3]):
         ends = [r["rows"][-1] for r in main if r["config"]["arm"] == arm]
@@ -177,30 +198,229 @@ def test_sweep_has_a_star_on_the_chosen_lr_and_marks_the_unbracketed():
     _, sweep, picks = synthetic.study(diverged=SWEEP["adamw"][-1:], unbracketed=["muon"])
     axes = plot.lr_sweep(sweep, picks).axes
     for ax, arm in zip(axes, ARMS):
-        [star] = [line for line in ax.lines if line.get_marker() == "*"]
+        [star] = lines_in_marker(ax, "*")
         runs = [r for r in sweep if r["config"]["arm"] == arm and r["status"] == "finished"]
         best = min(runs, key=lambda r: r["val_loss"])
         assert (star.get_xdata()[0], star.get_ydata()[0]) == (best["config"]["learning_rate"], best["val_loss"])
         assert ax.get_title().startswith(LABELS[arm] + ":") and ("not bracketed" in ax.get_title()) == (arm == "muon")
         assert ax.get_xscale() == "log" and star.get_color() == plot.STYLE[arm]["color"]
-    lost = [line for line in axes[0].lines if line.get_marker() == "X"]
-    assert [line.get_xdata()[0] for line in lost] == SCALES["mini"]["grids"]["adamw"][-1:]
+    lost = lines_in_marker(axes[0], "X")
+    assert [line.get_xdata()[0] for line in lost] == grid("mini", "adamw")[-1:]
     assert lost[0].get_ydata()[0] > max(r["val_loss"] for r in sweep if r["status"] == "finished")
 
 
-def test_arms_differ_in_colour_and_in_grey():
+def test_arms_differ_in_colour_and_in_grey_also_those_that_a_user_adds(monkeypatch):
+    monkeypatch.setitem(LABELS, "soap", "SOAP")
+    monkeypatch.setitem(LABELS, "lion", "Lion")
+    style = runpy.run_path(str(ROOT / "plot.py"))["STYLE"]
+    assert {arm: style[arm] for arm in plot.STYLE} == plot.STYLE  # whatever else there is
     for what in "color", "marker":
-        assert len({style[what] for style in plot.STYLE.values()}) == len(ARMS)
+        assert len({style[arm][what] for arm in LABELS}) == len(LABELS) == 8
 
 
-@pytest.mark.parametrize("tokens, text", [(1_966_080, "1.97M"), (299_991_040, "300M"), (163_840, "0.164M")])
-def test_millions(tokens, text):
-    assert plot.millions(tokens) == text
+@pytest.mark.parametrize("tokens, text", [(1_966_080, "1.97M"), (299_991_040, "300M"), (163_840, "0.164M"),
+                                          (20_480, "20.5k")])
+def test_amount(tokens, text):
+    assert plot.amount(tokens) == text
 
 
 @pytest.mark.parametrize("lr, text", [(1e-4, "1e-4"), (1.2e-3, "1.2e-3"), (0.064, "6.4e-2"), (1.0, "1e0")])
 def test_short(lr, text):
     assert plot.short(lr) == text
+
+
+def test_sweep_shows_each_seed_their_mean_and_the_ties():
+    lost = "adamw-lr0.002-seed3"
+    _, sweep, picks = synthetic.study(sweep_seeds=(1, 2, 3), noise=dict(loss=0.1), diverged=[lost])
+    assert any(pick["tie"] for pick in picks.values()) and not all(pick["tie"] for pick in picks.values())
+    for ax, arm in zip(plot.lr_sweep(sweep, picks).axes, ARMS):
+        mine = [(r["config"]["learning_rate"], r["val_loss"]) for r in sweep if r["config"]["arm"] == arm]
+        losses = {lr: [y for x, y in mine if x == lr] for lr in grid("mini", arm)}
+        whole = {lr: np.mean(v) for lr, v in losses.items() if np.isfinite(v).all()}
+        [line] = lines_in(ax, arm, 1.8)
+        assert np.allclose(line.get_xydata(), [*whole.items()]) and len(whole) == 5 - (arm == "adamw")
+        dashes = [list(line.get_ydata()) for line in lines_in_marker(ax, "_")]
+        assert dashes == [[x for x in v if math.isfinite(x)] for v in losses.values()]
+        hollow = [line.get_xydata().tolist() for line in lines_in_marker(ax, "*") if line.get_color() == "white"]
+        assert hollow == [[[lr, pytest.approx(whole[lr])] for lr in picks[arm]["tie"]]] * bool(picks[arm]["tie"])
+        assert ("tie with" in ax.get_title()) == bool(hollow)
+        assert all(plot.short(lr) in ax.get_title() for lr in picks[arm]["tie"])
+        assert [t.get_text() for t in ax.texts if "diverged" in t.get_text()] == ["1 of 3 diverged"] * (arm == "adamw")
+
+
+def test_rates_show_the_sweep_and_one_seed_at_the_main_budget():
+    main, sweep, picks = synthetic.study(arms=FROZEN, sweep_seeds=(1, 2), seeds=(42, 137))
+    near = synthetic.neighbours(main, 42, diverged=["muon-lr0.032"])
+    axes = plot.rates(sweep, near, main, picks, [137, 42]).axes
+    for ax, runs, key in zip(axes, (sweep, near + main) * 2, ("val_loss", "val_loss", "mean_pr", "mean_pr")):
+        for arm in [*FACTORIAL, *FROZEN]:
+            mine = [r for r in runs if r["config"]["arm"] == arm and r["status"] == "finished"]
+            mine = [r for r in mine if runs is sweep or r["config"]["seed"] == 42]  # the neighbours' seed
+            points = sorted((r["config"]["learning_rate"], r["rows"][-1][key]) for r in mine)
+            [line] = lines_in(ax, arm, 1.6)
+            want = {lr: np.mean([y for x, y in points if x == lr]) for lr, _ in points}
+            assert np.allclose(line.get_xydata(), [*want.items()])
+            assert len(want) == (5 if runs is sweep else 2 if arm == "muon" else 3)
+            [dots] = [d for d in lines_in_marker(ax, ".") if d.get_color() == plot.STYLE[arm]["color"]]
+            assert sorted(map(tuple, dots.get_xydata())) == points
+            [star] = [s for s in lines_in_marker(ax, "*") if s.get_color() == plot.STYLE[arm]["color"]]
+            assert star.get_xdata()[0] == picks[arm]["lr"]
+    assert [len(lines_in_marker(ax, "X")) for ax in axes] == [0, 1, 0, 0]
+    assert axes[2].get_ylim() == axes[3].get_ylim() and axes[0].get_xlim() == axes[3].get_xlim()
+    axes = plot.rates(sweep, [], main, picks, [137, 42]).axes  # the stage was not run: the first main seed stands alone
+    assert len(axes) == 4 and len(lines_in(axes[1], "muon", 1.6)[0].get_xdata()) == 1
+    assert "seed 137" in axes[1].get_title()
+    assert len(plot.rates(sweep, [], [], {}, [42]).axes) == 2
+    assert isinstance(plot.rates([], [], [], {}, [42]), str)
+
+
+def test_copies_damaged_and_foreign_folders_are_named_and_left_out(tmp_path, monkeypatch, capsys):
+    d = synthetic.make_study(tmp_path / "study", scale="ci", beside={})
+    run_plot(d, monkeypatch, capsys)
+    before = {p.name: p.read_bytes() for p in (d / "figures").iterdir()}  # the same data give the same bytes
+    bad = ["muon-seed42.bak", "muon-seed7", "adamw-seed9", "adamw-seed8", "sweep/muon-lr0.5",
+           "neighbours/muon-lr0.5"]
+    for folder in bad:
+        shutil.copytree(d / "muon-seed42", d / folder)
+    (d / "muon-seed7/config.json").write_text("")
+    config = json.loads((d / "adamw-seed42/config.json").read_text())
+    (d / "adamw-seed8/config.json").write_text(json.dumps(config | dict(seed=8, n_layer=3)))  # another model
+    (d / "adamw-seed9/config.json").write_text(json.dumps(config | dict(seed=9)))
+    (d / "adamw-seed9/log.jsonl").write_text("{\n{}\n")
+    lines = run_plot(d, monkeypatch, capsys)
+    named = sorted(line.split(" is left out: ")[0] for line in lines if " is left out: " in line)
+    assert named == sorted(str(d / folder) for folder in bad)
+    assert before == {p.name: p.read_bytes() for p in (d / "figures").iterdir()}
+
+
+def test_a_study_is_found_from_another_folder(tmp_path, monkeypatch, capsys):
+    synthetic.make_study(tmp_path / "out/mini", absent=ARMS)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setattr(configurator, "ROOT", tmp_path)
+    run_plot("out/mini", monkeypatch, capsys)
+    assert (tmp_path / "out/mini/figures/6_lr_sweep.png").exists() and not any((tmp_path / "elsewhere").iterdir())
+
+
+# ---- one run
+def drawn(fig):
+    """All numbers in a figure."""
+    lines = [line.get_ydata() for ax in fig.findobj(Axes) for line in ax.lines]
+    meshes = [mesh.get_array().filled(np.nan).ravel() for mesh in fig.findobj(QuadMesh)]
+    return np.concatenate([np.asarray(x, dtype=float) for x in lines + meshes])
+
+
+def test_run_page_leaves_no_logged_key_out(tmp_path):
+    d = synthetic.make_study(tmp_path, scale="ci", n_layer=1, seeds=(42,)) / "muon-seed42"
+    for row in (run := load_run(d))["rows"]:  # a user's further metrics
+        row.update(z_loss=2.0, k_norm_layer_0=1.0)
+    keys = set().union(*(row.keys() for row in run["rows"])) - {"step", "tokens"}
+    assert {"train_loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "mean_pr", "pr_weight_layer_0"} < keys
+    before = drawn(plot.run_page(run))
+    for key in keys:
+        rows = [*run["rows"][:-1], run["rows"][-1] | {key: 1.1 * run["rows"][-1][key]}]
+        after = drawn(plot.run_page(dict(run, rows=rows)))
+        assert before.shape == after.shape and not np.allclose(before, after, equal_nan=True), key
+    assert {"z_loss", "k_norm, by layer"} <= {ax.get_title() for ax in plot.run_page(run).findobj(Axes)}
+
+
+def test_run_page_shows_the_mean_over_layers_the_layers_and_the_spectra(tmp_path):
+    d = synthetic.make_study(tmp_path, seeds=(42,)) / "muon-seed42"
+    run = load_run(d)
+    axes = {ax.get_title(): ax for ax in plot.run_page(run).findobj(Axes)}
+    lines = {line.get_label(): line.get_ydata() for line in axes["participation ratio, mean over layers"].lines}
+    for name, key in ("PR1 before RoPE", "pr_pre_rope"), ("PR2 of gain x W_K", "pr_weight"):
+        assert np.allclose(lines[name], [np.mean([row[f"{key}_layer_{i}"] for i in range(6)]) for row in run["rows"]])
+    [heat] = axes["largest attention logit, by layer"].findobj(QuadMesh)
+    assert np.allclose(heat.get_array()[2], [row["max_logit_layer_2"] for row in run["rows"]])
+    assert [len(axes[f"layer {i} of 6"].lines) for i in (1, 3, 6)] == [len(list(d.glob("sv_layer_0_*")))] * 3
+    s = np.load(d / f"sv_layer_2_step_{run['rows'][-1]['step']}.npy")[0]
+    assert np.allclose(axes["layer 3 of 6"].lines[-1].get_ydata(), s / s[0], rtol=1e-5)
+
+
+def test_run_page_while_it_runs_and_when_it_explodes(tmp_path, monkeypatch, capsys):
+    d = synthetic.make_study(tmp_path, seeds=(42,)) / "muon-seed42"
+    log = (d / "log.jsonl").read_text().splitlines()
+    first = json.loads(log[0])
+    restart = dict(event="restart", reason="loss not finite", step=70, tokens=143_360, batch=70, restart_step=64)
+    flag = dict(event="spot_check", step=64, tokens=131_072, flags=["val loss not falling"])
+    boom = dict(first, step=128, tokens=262_144, val_loss=1e9, train_loss=None, grad_norm=None, mean_pr=None,
+                pr_layer_0=None, max_logit_layer_3=1e30)
+    end = dict(event="diverged", step=130, tokens=266_240)
+    for lines, says in (log[:1], []), (log[:2] + [log[2][:50]], []), (log[:3], []), (
+            [*log[:3], *map(json.dumps, (flag, restart, boom, end))],
+            ["restart: loss not finite (at 0.143M)", "spot check: val loss not falling (at 0.131M)",
+             "diverged: a second time (at 0.266M)", "diverged at 0.262M of 0.786M tokens"]):
+        (d / "log.jsonl").write_text("\n".join(lines) + "\n" * (len(lines) != 3 or lines == log[:3]))
+        with monkeypatch.context() as patch:
+            if not says:  # drawing once is enough to see that nothing breaks
+                patch.setattr(plot, "save", lambda fig, folder, name: FigureCanvasAgg(fig).draw())
+            assert run_plot(d, monkeypatch, capsys)[-1].startswith("all that")
+        if not says:
+            continue
+        text = words(" ".join(t for e in ET.parse(d / "run.svg").iter() for t in [e.text or ""]))
+        assert all(s in text for s in says)
+    assert plot.run_page(load_run(d)).findobj(Axes)[0].get_ylim()[1] < 20  # 1e9 does not flatten the rest
+    (d / "log.jsonl").write_text("")
+    with pytest.raises(SystemExit, match="no log row yet"):
+        plot.main([str(d)])
+
+
+# ---- comparison
+def test_comparison_of_studies_and_of_runs(tmp_path, monkeypatch, capsys):
+    a = synthetic.make_study(tmp_path / "mini", spectra=False, absent=["muon_qk"])
+    b = synthetic.make_study(tmp_path / "tweak", spectra=False, rng=1)
+    out = run_plot(a, monkeypatch, capsys, b)
+    assert len(out) == 1 and str(b / "figures") in out[0]
+    names = [f"compare_{key}.{kind}" for key in ("mean_pr", "val_loss") for kind in ("png", "svg")]
+    assert sorted(p.name for p in (b / "figures").iterdir()) == names and not (a / "figures").exists()
+    text = svg_text(b, "compare_val_loss")
+    assert {"mini", "tweak"} <= set(text.split())
+    ends = [np.mean([r["val_loss"] for r in load_runs(d) if r["config"]["arm"] == "muon"]) for d in (a, b)]
+    assert f"Muon: {ends[0]:.3f}, {ends[1]:.3f}" in text and "Muon + QK-Norm: none, " in text
+    for key, fig in ("mean_pr", plot.mean_pr), ("val_loss", plot.val_loss):
+        ax = fig(load_runs(a), load_runs(b), names=["mini", "tweak"]).axes[0]
+        lines = lines_in(ax, "muon", 2)
+        for d, line in zip((a, b), lines, strict=True):
+            rows = [r["rows"] for r in load_runs(d) if r["config"]["arm"] == "muon"]
+            assert np.allclose(line.get_ydata(), np.mean([[row[key] for row in run] for run in rows], 0))
+        assert lines[0].get_linestyle() != lines[1].get_linestyle()
+    run_plot(a / "muon-seed42", monkeypatch, capsys, b / "muon-seed42")
+    assert (b / "muon-seed42/compare_mean_pr.png").exists()
+    for args, says in (([a, a], "each named once"), ([a, tmp_path / "none"], "is no folder"),
+                       ([a, tmp_path], "no log row")):
+        with pytest.raises(SystemExit, match=says):
+            plot.main([*map(str, args)])
+
+
+# ---- how it reads
+@pytest.mark.parametrize("kw", [
+    dict(scale="ci", arms=FROZEN, beside={}),
+    dict(scale="80m", arms=FROZEN, sweep_seeds=(1, 2, 3)),
+    dict(diverged=["adamw-seed137", "muon_qk", "adamw-lr0.008"], unbracketed=["muon"], arms=FROZEN,
+         sweep_seeds=(1, 2, 3), noise=dict(loss=0.05))])
+def test_no_text_is_cut_and_no_tick_labels_touch(tmp_path, monkeypatch, capsys, kw):
+    figures, d = {}, synthetic.make_study(tmp_path / "study", **kw)
+    monkeypatch.setattr(plot, "save", lambda fig, folder, name: figures.update({name: fig}))
+    run_plot(d, monkeypatch, capsys)
+    run_plot(d / "muon-seed42", monkeypatch, capsys)
+    run_plot(d, monkeypatch, capsys, d / "adamw-seed42")
+    assert len(figures) == 7 + 1 + 2
+    for name, fig in figures.items():
+        FigureCanvasAgg(fig).draw()
+        frame = fig.bbox.padded(2)
+        axes = [ax for ax in fig.findobj(Axes) if ax.get_visible()]
+        for artist in [*axes, *fig.findobj(Legend), *(text for part in (fig, *fig.subfigs) for text in part.texts)]:
+            box = artist.get_tightbbox()
+            assert frame.contains(*box.min) and frame.contains(*box.max), (name, artist)
+        for ax in axes:
+            for axis in ax.xaxis, ax.yaxis:
+                low, high = sorted(axis.get_view_interval())
+                ticks = [t.label1 if t.label1.get_visible() else t.label2 for t in axis.get_major_ticks()
+                         if low <= t.get_loc() <= high]
+                boxes = [t.get_window_extent() for t in ticks if t.get_visible() and t.get_text()]
+                assert not any(a.overlaps(b) for a, b in zip(boxes, boxes[1:]) if not ticks[0].get_rotation()), (
+                    name, ax.get_title(), [t.get_text() for t in ticks])
 
 
 # ---- the generator that the tests of plot.py and report.py rest on
