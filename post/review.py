@@ -1,20 +1,22 @@
-"""The plan's step 12 on an edited post: every line passes, fails with the place, or is a person's to judge."""
+"""The plan's step 12 on an edited post: every line passes, fails with the place, or is a person's to
+judge."""
 import re
 
 import numpy as np
 
 from post import text as post
-from study import ARMS, LABELS
+from study import LABELS
 
 FORBIDDEN = r"\bprov(?:es|ed|en)\b"
-HEADLINE_WORDS = ["unnecessary", "harmful", "logit control", "collapse", "limited", "lowest", "highest", "best", "wins"]
+HEADLINE_WORDS = ["unnecessary", "harmful", "logit control", "collapse", "limited", "lowest", "highest", "best",
+                  "wins"]
 NUMBER = re.compile(r"(?<![\w.,/:=#])[+\-−]?(\d[\d,]*(?:\.\d+)?|\.\d+)(e[+\-]?\d+)?"  # not glued to a name
                     r"(?:\s?([MkB%])(?!\w))?(?![\w/]|-[A-Za-z])")
 
 
 def numbers(text):
-    """[(line number, as written, value, half a unit of its last digit, 'M', '%', ...)] of a Markdown text; headings'
-    own numbers, code, links, names such as GPT-2 and enumeration are no claims."""
+    """[(line number, as written, value, half a unit of its last digit, 'M', '%', ...)] of a Markdown text;
+    headings' own numbers, code, links, names such as GPT-2 and enumeration are no claims."""
     found, fenced = [], False
     for n, line in enumerate(text.split("\n"), 1):
         fenced ^= line.startswith("```")
@@ -37,7 +39,8 @@ def values(obj):
         return [x for v in obj.values() for x in values(v)]
     if isinstance(obj, (list, tuple)):
         return [x for v in obj for x in values(v)]
-    return [float(obj)] if isinstance(obj, (int, float)) and not isinstance(obj, bool) and np.isfinite(obj) else []
+    number = isinstance(obj, (int, float)) and not isinstance(obj, bool) and np.isfinite(obj)
+    return [float(obj)] if number else []
 
 
 def near(pool, value, half):
@@ -47,14 +50,15 @@ def near(pool, value, half):
 
 
 def unsupported(text, S):
-    """[(line, number as written)] that no result, log or table holds at the digits written. A number that is only in
-    the middle of a log has to carry four digits: with fewer some row fits any number."""
-    kept = [r["rows"][-1] for r in S["runs"] + S["sweep"] + S["transfer"] if r["rows"]]
-    kept += [row for pairs in post.checkpoints(S).values() for _, row in pairs]
-    configs = [r["config"] for r in S["runs"] + S["sweep"]]
-    tables = [v for _, _, v, _, _, _ in numbers(post.build(S))]
-    strong = np.sort(np.abs(values([kept, configs, S["results"], S["picks"], S["registered"]]) + tables))
-    logs = np.sort(np.abs(values([r["rows"] for r in S["runs"] + S["sweep"] + S["transfer"]])))
+    """[(line, number as written)] that no result, log or table holds at the digits written. A number that is
+    only in the middle of a log has to carry four digits: with fewer some row fits any number."""
+    runs = S["runs"] + S["sweep"] + S["neighbours"]
+    kept = [r["rows"][-1] for r in runs if r["rows"]]
+    kept += [row for pairs in post.checkpoints(S["runs"]).values() for _, row in pairs]
+    held = [kept, [r["config"] for r in runs], S["results"], S["picks"], S["registered"]]
+    tables = [value for _, _, value, *_ in numbers(post.build(S))]
+    ascending = lambda found: np.sort(np.abs(found))
+    strong, logs = ascending(values(held) + tables), ascending(values([r["rows"] for r in runs]))
     bad = []
     for line, written, value, half, suffix, digits in numbers(text):
         tries = [(value, half)] + [(value / 100, half / 100)] * (suffix == "%")
@@ -64,13 +68,15 @@ def unsupported(text, S):
 
 
 def section(text, name):
-    """The text under the first heading that has name in it, up to the next of its level; '' where there is none."""
+    """The text under the first heading that has name in it, up to the next of its level; '' where there is
+    none."""
     m = re.search(rf"^(#+) [^\n]*{name}[^\n]*\n(.*?)(?=^#{{1,2}} |\Z)", text, re.M | re.S | re.I)
     return m[2] if m else ""
 
 
 def places(text, pattern):
-    return [f"line {n}: {m[0]}" for n, line in enumerate(text.split("\n"), 1) for m in re.finditer(pattern, line, re.I)]
+    return [f"line {n}: {m[0]}" for n, line in enumerate(text.split("\n"), 1)
+            for m in re.finditer(pattern, line, re.I)]
 
 
 def check(path, S):
@@ -79,32 +85,37 @@ def check(path, S):
     c, n, lines = S["config"], len(S["seeds"]), []
 
     def say(what, bad, judge=None):
-        lines.append(("FAIL", what, bad) if bad else ("PERSON", what, [judge]) if judge else ("pass", what, []))
+        state = "FAIL" if bad else "PERSON" if judge else "pass"
+        lines.append((state, what, bad or [judge] * bool(judge)))
 
-    say("Every number is in results, logs or tables", [f"line {line}: {number} is in no result, log or table" for line,
-                                                       number in unsupported(text, S)])
+    say("Every number is in results, logs or tables",
+        [f"line {line}: {number} is in no result, log or table" for line, number in unsupported(text, S)])
     say("Every claim is backed by a plot or number", [],
         "the numbers are checked above; whether the words go beyond them is yours to judge")
-    tuned = [f"{LABELS[a]}: no learning rate was chosen" for a in ARMS if a not in S["picks"]]
-    tuned += [f"{LABELS[a]}: only {k} learning rates ended" for a, p in S["picks"].items()
-              if (k := sum(t["status"] != "unfinished" for t in p["tried"])) < 3]
-    tuned += [f"{r['dir'].name} ran at {r['config']['learning_rate']:g}, not at the chosen {p['lr']:g}"
-              for r in S["runs"]
-              if (p := S["picks"].get(r["config"]["arm"])) and not np.isclose(p["lr"], r["config"]["learning_rate"])]
-    tuned += [f"{LABELS[a]} is not bracketed and the post does not say so" for a, p in S["picks"].items()
-              if not p["bracketed"] and not re.search("not bracketed", text, re.I)]
+    tuned = [f"{LABELS[a]}: no learning rate was chosen" for a in S["arms"] if a not in S["picks"]]
+    for a, p in S["picks"].items():
+        ended = sum(t["status"] != "unfinished" for t in p["tried"])
+        tuned += [f"{LABELS.get(a, a)}: only {ended} learning rates ended"] * (ended < 3)
+        if not p["bracketed"] and not re.search("not bracketed", text, re.I):
+            tuned.append(f"{LABELS.get(a, a)} is not bracketed and the post does not say so")
+    for r in S["runs"]:
+        lr, pick = r["config"]["learning_rate"], S["picks"].get(r["config"]["arm"])
+        if pick and not np.isclose(pick["lr"], lr):
+            tuned.append(f"{r['dir'].name} ran at {lr:g}, not at the chosen {pick['lr']:g}")
     say("LR was tuned independently per config", tuned)
     shown = re.search(r"!\[[^\]]*\]\((figures/1_val_loss\.\w+)\)", text)
     say("Loss curves are shown", ["no image of figures/1_val_loss in the post"] if not shown else
-        [] if (path.parent / shown[1]).exists() else [f"{shown[1]} is not there: run `python plot.py {path.parent}`"])
+        [] if (path.parent / shown[1]).exists() else [f"{shown[1]} is not there: run `python plot.py "
+                                                      f"{path.parent}`"])
     limits = section(text, "limitations")
     facts = {"parameters": rf"{re.escape(post.count(c['num_params']))}",
              "tokens": re.escape(post.count(c["max_tokens"])), "seeds": rf"\b{n} seed",
-             "one architecture": "architecture", "larger scale": "scale", "QK-Norm in production (Gemma 3)": "Gemma 3"}
+             "one architecture": "architecture", "larger scale": "scale", "QK-Norm in production (Gemma "
+                                                                          "3)": "Gemma 3"}
     say("Limitations are there", ["no section named Limitations"] if not limits else
         [f"limitations do not name: {name}" for name, pattern in facts.items()
          if not re.search(pattern, limits, re.I)] +
-        places(text, r"Gemma 2\b[^\n]*") * 1)
+        places(text, r"Gemma 2\b[^\n]*"))
     say("Limitations section is honest", [], "whether it says what you know to be weak is yours to judge")
     say("The word 'proves' does not occur", places(text, FORBIDDEN))
     heading = re.search(r"^# (.*)", text, re.M)
@@ -119,7 +130,8 @@ def check(path, S):
         judge = f"the title was edited; the verdict's own is {S['title']!r}"
     said = re.search(r"^\*\*Verdict: (.+?)\*\*", text, re.M)
     if not said or said[1] != S["verdict"][0]:
-        bad.append(f"the post's verdict line is {said[1] if said else 'missing'}, the runs give {S['verdict'][0]}")
+        bad.append(f"the post's verdict line is {said[1] if said else 'missing'}, the runs give "
+                   f"{S['verdict'][0]}")
     say("Title matches what was found", bad, judge)
     todo = [f"line {k}" for k, line in enumerate(text.split("\n"), 1) if line.startswith(post.TODO)]
     say("Marked places are written", [], f"still to be written: {', '.join(todo)}" if todo else None)
@@ -129,5 +141,6 @@ def check(path, S):
         for note in notes:
             print(f"       {note}")
     failed = sum(state == "FAIL" for state, _, _ in lines)
-    print(f"{failed} of {len(lines)} lines fail, {sum(s == 'PERSON' for s, _, _ in lines)} are a person's to judge")
+    print(f"{failed} of {len(lines)} lines fail, {sum(s == 'PERSON' for s, _, _ in lines)} are a person's to "
+          "judge")
     return 1 if failed else 0

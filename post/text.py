@@ -1,16 +1,20 @@
-"""The text of the post: the nine sections of the plan's step 11, filled from a study that report.load() read.
+"""The post: the nine sections of the plan's step 11, filled from a study that report.load() read.
 
-Sentences state what was set or measured. What needs a person's judgement is a marked place with the numbers for it.
-"""
+build() is the post as it reads, from title to appendix; above it are its tables, each from the arrays it
+shows, and the sentences that depend on the results. Sentences state what was set or measured; what needs a
+person's judgement is a marked place with the numbers for it. Contrasts, headline and verdict are those of the
+2x2; tables hold every arm. """
+import itertools
 import re
 
 import numpy as np
 
-from post from post import stats
-from post.stats import ALPHA, CONTRASTS, PAIRS, PR_NAMES, decision, pair, pooled
-from study import ARMS, LABELS, LOGIT_FLAG, MAX_EXTENSIONS, SWEEP_SEED, layer_values
+from configurator import ROOT
+from post import stats
+from post.stats import ALPHA, CONTRASTS, PR_NAMES, decision
+from study import FACTORIAL, LABELS, LOGIT_FLAG, MAX_EXTENSIONS, head_dim, layer_values
 
-FIGURES = ["1_val_loss", "2_mean_pr", "3_loss_vs_pr", "4_pr_heatmap", "5_spectra", "6_lr_sweep"]
+FIGURES = ["1_val_loss", "2_mean_pr", "3_loss_vs_pr", "4_pr_heatmap", "5_spectra", "6_lr_sweep", "7_rates"]
 TODO = "> **To be written by a person:**"
 PR_DEFINITIONS = {
     "pr": "keys that attention sees, after QK-Norm and RoPE, uncentred, PR1 (the plan's RankProbe)",
@@ -18,41 +22,52 @@ PR_DEFINITIONS = {
     "pr_pre_rope": "the keys before RoPE, uncentred, PR1",
     "pr_weight": "W_K with the QK gain folded in, PR2 (needs no batch)"}
 WHY = {"adamw": "the baseline", "adamw_qk": "what QK-Norm changes under AdamW",
-       "muon": "what Muon changes without QK-Norm",
-       "muon_qk": "whether QK-Norm still matters under Muon"}
+       "muon": "what Muon changes without QK-Norm", "muon_qk": "whether QK-Norm still matters under Muon"}
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 NAMES = {"optimizer": "Muon minus AdamW", "qk_norm": "QK-Norm: with minus without",
          "interaction": "Interaction: QK-Norm's effect under Muon minus under AdamW"}
-MEASURES = {"loss": ("val loss", "nats a token", 4), "pr": ("mean PR", "of 64", 2)}  # name, unit, digits
-ONE_FACTOR = [("adamw", "adamw_qk"), ("muon", "muon_qk"), ("adamw", "muon"), ("adamw_qk", "muon_qk")]
+# name, unit (PR: of the head dim), digits
+MEASURES = {"loss": ("val loss", "nats a token", 4), "pr": ("mean PR", "of {}", 2)}
+HOLDS, DEPENDS = "holds at neighbouring rates", "depends on the rate"
+NOT_RUN = "not run at neighbouring rates"
+PLAN = dict(num_params=79_124_992, max_tokens=300_000_000)  # the plan's scale
 MAIN_LOGS = "last rows of `*-seed*/log.jsonl`"
 
 
-# ---- pieces ----
-
+# ---- pieces
 def join(items, by=", "):
     return by.join(map(str, items))
 
 
 def count(n):
     """1228800 -> '1.23M'; below a million with thousands separators."""
-    return f"{n / 1e6:.3g}M" if n >= 1e6 else f"{n:,}"
+    return f"{n / 1e9:.3g}B" if n >= 1e9 else f"{n / 1e6:.3g}M" if n >= 1e6 else f"{n:,}"
 
 
 def plural(n, word):
     return f"{n} {word}" + "s" * (n != 1)
 
 
+def paragraphs(*blocks):
+    return join(filter(None, blocks), "\n\n")
+
+
+def bullets(lines, mark="- "):
+    return join((mark + line for line in lines), "\n")
+
+
 def table(head, rows, source):
     """A Markdown table; columns of numbers are right-aligned."""
     number = re.compile(r"[+\-±]? ?\d|missing|not available|diverged|$")
-    sides = ["---:" if rows and all(number.match(str(r[i])) for r in rows) else "---" for i in range(len(head))]
+    right = lambda i: rows and all(number.match(str(r[i])) for r in rows)
+    sides = ["---:" if right(i) else "---" for i in range(len(head))]
     line = lambda cells: "| " + join((str(c).replace("|", "\\|") for c in cells), " | ") + " |"
-    return join([line(head), line(sides), *map(line, rows), "", f"*Source: {source}.*", ""], "\n")
+    return join([line(head), line(sides), *map(line, rows), "", f"*Source: {source}.*"], "\n")
 
 
 def spread(values, digits):
-    """Mean and spread over seeds of the values that are there: half the difference of two, the standard deviation of
-    more."""
+    """Mean and spread over seeds of the values that are there: half the difference of two, the standard
+    deviation of more."""
     v = np.array([x for x in values if not np.isnan(x)])
     if not len(v):
         return "missing"
@@ -63,18 +78,34 @@ def spread(values, digits):
 
 
 def spread_words(n):
-    return {1: "one seed", 2: "± half the difference of the two seeds"}.get(n, f"± standard deviation over {n} seeds")
+    return {1: "one seed", 2: "± half the difference of the two seeds"}.get(n, f"± standard deviation over "
+                                                                               f"{n} seeds")
 
 
-def over_seeds(S, name, arm):
-    return spread(S["y"][name][ARMS.index(arm)], 4 if name == "loss" else 2)
+def over_seeds(y, name, arm):
+    return spread(y[name][arm], 4 if name == "loss" else 2)
 
 
-def figure(S, number, caption):
+def last(run, name):
+    """Final value of a run: 'loss' (inf where diverged), 'logit' (the largest over layers and all rows) or
+    the mean over layers of what layer_values() takes; nan where the run has none."""
+    rows = run["rows"]
+    if name == "loss":
+        return np.nan if run["val_loss"] is None else run["val_loss"]
+    if name == "logit":
+        logits = [v for row in rows for v in layer_values(row, "max_logit") if v is not None]
+        return max(logits, default=np.nan)
+    values = layer_values(rows[-1], name) if rows and run["status"] == "finished" else []
+    return float(np.mean(values)) if values and None not in values else np.nan
+
+
+def figure(folder, number, caption):
     name = FIGURES[number - 1]
-    if not (S["dir"] / f"figures/{name}.png").exists():
-        return f"*Figure {number} is missing: run `python plot.py {S['dir']}`.*\n"
-    return f"![Figure {number}: {caption}](figures/{name}.png)\n\n*Figure {number}. {caption}.*\n"
+    if (folder / f"figures/{name}.png").exists():
+        return f"![Figure {number}: {caption}](figures/{name}.png)\n\n*Figure {number}. {caption}.*"
+    if number == 7:  # not every study has what it shows
+        return ""
+    return f"*Figure {number} is missing: run `python plot.py {folder}`.*"
 
 
 def effect(e, m, sign="+"):
@@ -82,10 +113,39 @@ def effect(e, m, sign="+"):
     return f"{e['effect']:{sign}.{digits}f} ± {e['half']:.{digits}f}"
 
 
-def claim(name, m, analysis, numbers=True):
-    """A resolved contrast as a clause. A main effect beside a resolved interaction is an average, and is called one."""
+# ---- what may be claimed
+def rate_states(near, e):
+    """{(measure, name): (state, lowest, highest)} of the contrasts and the 'best' of analysis e: state is
+    HOLDS, DEPENDS or NOT_RUN, the numbers the range of a contrast when each arm is given any of its three
+    rates, None where that was not run or not finite. near: {arm: {measure: values at half, once and twice the
+    chosen rate}}."""
+    out = {}
+    for (m, name), entry in e.items():
+        if name != "tie" and not set(FACTORIAL) <= near.keys():
+            out[m, name] = NOT_RUN, None, None
+        elif name != "tie":
+            values, arm = {a: near[a][m] for a in FACTORIAL}, entry.get("arm")
+            sign = np.sign(entry["effect"]) if name in CONTRASTS else -1 if m == "loss" else 1
+            others = [b for b in FACTORIAL if b != arm]
+            each = [CONTRASTS[name]] if name in CONTRASTS else [{arm: 1, b: -1} for b in others]
+            ranges = [stats.rate_range(values, w) for w in each]
+            holds = all(min(sign * low, sign * high) > 0 for low, high in ranges)
+            shown = len(each) == 1 and np.isfinite(ranges).all()
+            out[m, name] = (HOLDS if holds else DEPENDS, *(ranges[0] if shown else (None, None)))
+    return out
+
+
+def stands(S, m, name):
+    """Whether a headline may be made of a contrast: resolved, under every definition, at neighbouring rates
+    where run."""
+    return S["verdict"][2][m, name]["holds"] and S["rates"][m, name][0] != DEPENDS
+
+
+def claim(name, m, analysis, top, numbers=True):
+    """A resolved contrast as a clause. A main effect beside a resolved interaction is an average, and is
+    called one."""
     e, (what, unit, _) = analysis[m, name], MEASURES[m]
-    by = f" by {effect({**e, 'effect': abs(e['effect'])}, m, '')} {unit}" if numbers else ""
+    by = f" by {effect({**e, 'effect': abs(e['effect'])}, m, '')} {unit.format(top)}" if numbers else ""
     if name == "interaction":
         more = "higher" if e["effect"] > 0 else "lower"
         return f"QK-Norm's effect on {what} is {more} under Muon than under AdamW{by}"
@@ -95,10 +155,19 @@ def claim(name, m, analysis, numbers=True):
 
 
 def crossed(analysis, m, name):
-    """Whether a resolved interaction is so large that the main effect has one sign in one half of the design and the
-    other in the other: then the main effect describes neither, and no headline may be made of it."""
+    """Whether a resolved interaction is so large that the main effect has one sign in one half of the design
+    and the other in the other: then the main effect describes neither, and no headline may be made of it."""
     inter = analysis[m, "interaction"]
     return inter["claimed"] and abs(inter["effect"]) / 2 > abs(analysis[m, name]["effect"])
+
+
+def rate_bound(S):
+    """Whether something that the scenario rests on depends on the learning rate."""
+    outcome, _, e = S["verdict"]
+    first = {"A": ["loss", "pr"], "B": ["pr"], "C": ["loss"]}.get(outcome, [])
+    against = [c for c, sign in (("optimizer", 1), ("qk_norm", -1)) if e and e["pr", c]["effect"] * sign > 0]
+    return (any(not stands(S, m, "best") for m in first)
+            or outcome == "C" and not any(stands(S, "pr", c) for c in against))
 
 
 def title(S):
@@ -110,223 +179,323 @@ def title(S):
     if outcome == "D":
         return f"Not to be posted: AdamW, Muon and QK-Norm {size} are too noisy or inconsistent across seeds"
     if S["diverged"]:
-        return f"{join(LABELS[a] for a, k in S['diverged'].items() if k)} diverged at the chosen learning rate, {size}"
-    means, qk = dict(zip(ARMS, S["y"]["pr"].mean(axis=1))), e["pr", "qk_norm"]
+        return f"{join(LABELS[a] for a in S['diverged'])} diverged at the chosen learning rate, {size}"
+    means = {a: S["y"]["pr"][a].mean() for a in FACTORIAL}
+    size += " (neighbouring learning rates were not run)" * (S["rates"]["loss", "optimizer"][0] == NOT_RUN)
+    if rate_bound(S):
+        return f"Scenario {outcome} at the chosen learning rates, but not at half and twice these, {size}"
     if outcome == "A":  # the plan's wording speaks of logits, so they have to bear it out
-        return (f"Muon provides implicit attention logit control, making QK-Norm unnecessary and harmful {size}"
+        return (f"Muon provides implicit attention logit control, making QK-Norm unnecessary and harmful "
+                f"{size}"
                 if stats.logit_control(S["y"]["logit"]) else
-                f"Muon without QK-Norm has the lowest loss and the highest participation ratio of keys {size}")
-    if outcome == "B":
-        collapse = qk["holds"] and qk["effect"] < 0 and means["muon_qk"] <= stats.COLLAPSE * means["muon"]
-        return (f"QK-Norm causes measurable dimensional collapse, but the impact on performance is limited {size}"
-                if collapse and abs(e["loss", "qk_norm"]["effect"]) < stats.LOSS_MARGIN else
-                f"Muon without QK-Norm has the highest participation ratio of keys, without a lead on loss, {size}")
-    if outcome == "C":
-        return ("High-dimensional keys may be unnecessary: AdamW + QK-Norm has the lowest loss despite collapsed PR "
+                f"Muon without QK-Norm has the lowest loss and the highest participation ratio of keys "
                 f"{size}")
-    claims = [claim("interaction" if crossed(e, m, c) else c, m, e, False) for m in MEASURES
-              for c in ("optimizer", "qk_norm")
-              if e[m, c]["holds"] or crossed(e, m, c) and e[m, "interaction"]["holds"]]
-    return f"{join(dict.fromkeys(claims), '; ') or 'No main effect of Muon or QK-Norm is resolved'}, {size}"
-
-
-# ---- the sections ----
-
-def top(S):
-    """Title, what the scale can show, what is missing."""
-    c, out = S["config"], [f"# {S['title']}", ""]
-    if S["scale"] != "80m":
-        out += [f"> **Scale {S['scale']}**: {count(c['num_params'])} parameters, {count(c['max_tokens'])} training "
-                f"tokens a "
-                "run. It can show that the whole procedure works, and how large an effect is in a model of this size "
-                "on this "
-                "text. It cannot show what happens at 80M parameters and 300M tokens, nor anything about tasks such as "
-                "HellaSwag, which such a model cannot do.", ""]
-    lines = S["missing"] + S["absent"]
-    if lines:
-        out += [f"> **Incomplete: {plural(len(lines), 'part')} missing.**" +
-                " No verdict is given." * bool(S["missing"]), ">",
-                *(f"> - {line}" for line in lines), ""]
-    return out
+    if outcome == "B":
+        collapse = (stands(S, "pr", "qk_norm") and e["pr", "qk_norm"]["effect"] < 0
+                    and means["muon_qk"] <= stats.COLLAPSE * means["muon"])
+        return (f"QK-Norm causes measurable dimensional collapse, but the impact on performance is limited "
+                f"{size}"
+                if collapse and abs(e["loss", "qk_norm"]["effect"]) < stats.LOSS_MARGIN else
+                f"Muon without QK-Norm has the highest participation ratio of keys, without a lead on loss, "
+                f"{size}")
+    if outcome == "C":
+        return ("High-dimensional keys may be unnecessary: AdamW + QK-Norm has the lowest loss despite "
+                f"collapsed PR {size}")
+    main = [(m, c) for m in MEASURES for c in ("optimizer", "qk_norm")]
+    told = [(m, "interaction" if crossed(e, m, c) else c) for m, c in main]
+    claims = [claim(c, m, e, None, False) for m, c in dict.fromkeys(told) if stands(S, m, c)]
+    if not claims and any(e[h]["holds"] for h in told):
+        return f"No main effect of Muon or QK-Norm holds at neighbouring learning rates, {size}"
+    return f"{join(claims, '; ') or 'No main effect of Muon or QK-Norm is resolved'}, {size}"
 
 
 def tldr(S):
     outcome, conditions, e = S["verdict"]
-    loss, pr = (S["y"][m].mean(axis=1) for m in MEASURES)
-    said = []
-    if np.isfinite(loss).all() and np.isfinite(pr).all():
-        said.append(f"After {count(S['config']['max_tokens'])} training tokens {LABELS[ARMS[loss.argmin()]]} has the "
-                    f"lowest mean "
-                    f"final val loss, {loss.min():.4f} nats a token, and {LABELS[ARMS[pr.argmax()]]} the highest mean "
-                    f"participation ratio of keys, {pr.max():.2f} of 64.")
+    loss, pr = ({a: S["y"][m][a].mean() for a in FACTORIAL} for m in MEASURES)
+    low, high, top, said = min(loss, key=loss.get), max(pr, key=pr.get), head_dim(S["config"]), []
+    if np.isfinite([*loss.values(), *pr.values()]).all():
+        first = f"the lowest mean final val loss, {loss[low]:.4f} nats a token"
+        of = " of the 2x2" * (len(S["arms"]) > len(FACTORIAL))
+        said.append(f"After {count(S['config']['max_tokens'])} training tokens " +
+                    (f"{LABELS[low]} has {first}, and the highest" if low == high else
+                     f"{LABELS[low]} has {first}, and {LABELS[high]} the highest") +
+                    f" mean participation ratio of keys, {pr[high]:.2f} of "
+                    f"{top}{', of the four arms' + of if of else ''}.")
     if e:
         six = [(m, c) for m in MEASURES for c in CONTRASTS]
-        named = lambda pairs: join(f"{c.replace('qk_norm', 'QK-Norm')} on {MEASURES[m][0]}" for m, c in pairs)
-        yes = join(claim(c, m, e) for m, c in six if e[m, c]["holds"])
-        depends = named(h for h in six if e[h]["claimed"] and not e[h]["holds"])
-        no = named(h for h in six if not e[h]["claimed"])
-        parts = [f"{word}: {what}" for word, what in (("resolved", yes), ("dependent on the definition", depends),
-                                                      ("undecided", no)) if what]
-        said.append("Of the six contrasts, " + join(parts, "; ") + ".")
-    words = {"none": "None of the four scenarios of the plan holds", "no verdict": f"No verdict: {conditions[0][3]}"}
-    said.append(words.get(outcome, f"This is scenario {outcome} of the plan") + ".")
-    return ["## 1. TLDR", "", join(said, " "), "", f"**Verdict: {outcome}**", ""]
+        short = {"qk_norm": "QK-Norm"}
+        named = lambda chosen: join(f"{short.get(c, c)} on {MEASURES[m][0]}" for m, c in chosen)
+        parts = {"resolved": join(claim(c, m, e, top) for m, c in six if stands(S, m, c)),
+                 "dependent on the learning rate":
+                     named(h for h in six if e[h]["holds"] and not stands(S, *h)),
+                 "dependent on the definition":
+                     named(h for h in six if e[h]["claimed"] and not e[h]["holds"]),
+                 "undecided": named(h for h in six if not e[h]["claimed"])}
+        not_run = S["rates"]["loss", "optimizer"][0] == NOT_RUN
+        said.append("Of the six contrasts" + ", at the chosen learning rates alone" * not_run + ", " +
+                    join((f"{word}: {what}" for word, what in parts.items() if what), "; ") + ".")
+    words = {"none": "None of the four scenarios of the plan holds",
+             "no verdict": f"No verdict: {conditions[0][3]}"}
+    plan = f"This is scenario {outcome} of the plan"
+    plan += ", at the chosen learning rates but not beside them" * rate_bound(S)
+    return join([*said, words.get(outcome, plan) + "."], " ")
 
 
-def setup(S):
-    c, n = S["config"], len(S["seeds"])
-    varied = {"arm", "seed", "optimizer", "qk_norm", "learning_rate", "num_params"}
+# ---- the top, and section 2
+def scale_note(c):
+    """What a scale other than the plan's can show."""
+    size = f"{count(c['num_params'])} parameters, {count(c['max_tokens'])} training tokens a run"
+    plan = f"{count(PLAN['num_params'])} parameters and {count(PLAN['max_tokens'])} tokens"
+    small = [k for k in PLAN if c[k] < 0.99 * PLAN[k]]
+    if small:
+        tasks = ", nor anything about tasks such as HellaSwag, which such a model cannot do"
+        tasks *= "num_params" in small
+        return (f"> **Scale {c['scale']}**: {size}. It can show that the whole procedure works, and how "
+                f"large an effect is in a model of this size on this text. It cannot show what happens at "
+                f"the plan's {plan}{tasks}.")
+    if any(c[k] > 1.01 * PLAN[k] for k in PLAN):
+        return f"> **Scale {c['scale']}**: {size}, where the plan has {plan}."
+    return ""
+
+
+def notices(S):
+    """What is missing and what was left out."""
+    lines, out = S["missing"] + S["absent"], []
+    if lines:
+        out += [f"> **Incomplete: {plural(len(lines), 'part')} missing.**" +
+                " No verdict is given." * bool(S["missing"]), ">", *(f"> - {line}" for line in lines)]
+    if S["left_out"]:
+        out += [""] * bool(out) + ["> **Left out:**", ">", *(f"> - {line}" for line in S["left_out"])]
+    return join(out, "\n")
+
+
+def why(arm):
+    """Why an arm is there: WHY, else the first comment of its config file."""
+    path = ROOT / f"config/{arm}.py"
+    first = path.read_text(encoding="utf-8").split("\n")[0] if path.exists() else ""
+    return WHY.get(arm) or first.lstrip("# ").rstrip(".") or "not said"
+
+
+def configs_table(configs):
+    """configs: {arm: the config of its runs}."""
+    norm = lambda c: "no" if not c["qk_norm"] else "yes" if c["qk_gain"] else "yes, gains frozen at one"
+    hidden = lambda c: OPTIMIZERS.get(c["optimizer"], c["optimizer"])
+    return table(["Config", "Hidden matrices", "QK-Norm", "Why"],
+                 [[LABELS[a], hidden(c), norm(c), why(a)] for a, c in configs.items()],
+                 "`config.json` of the runs, `config/`")
+
+
+def differences(runs, config):
+    varied = {"arm", "seed", "optimizer", "qk_norm", "qk_gain", "learning_rate", "num_params"}
     harmless = {"out_dir", "data_dir", "device", "compile", "micro_batch", "ckpt_interval_s"}
-    differ = sorted({k for r in S["runs"] for k in {*r["config"], *c} - varied - harmless
-                     if r["config"].get(k) != c.get(k)})
-    return [
-        "## 2. Experimental Setup", "", "### Architecture", "", S["experiment_config"].split("\n", 2)[2],
-        "*Source: `config.json` of the runs.*", "", "### The 4 configs and why", "",
-        table(["Config", "Hidden matrices", "QK-Norm", "Why"], [[LABELS[a], "Muon" if a.startswith("muon") else "AdamW",
-              "yes" if a.endswith("_qk") else "no", WHY[a]] for a in ARMS], "`config/`"),
-        f"{plural(n, 'seed')} per config, {count(c['max_tokens'])} tokens, {count(c['num_params'])} param model. Seeds "
-        f"{join(S['seeds'])}; a seed fixes the initial weights and the order of the data, the same in all four arms. " +
-        (f"The main runs also differ in: {join(differ)}." if differ else
-         "The main runs differ in optimizer, QK-Norm, learning rate and seed, and in nothing else."), "",
-        "### Registration and statistics", "", S["registration"], "",
-        "The unit is the run." +
-        f" Intervals are 95 %, from the standard deviation over seeds pooled over the four arms, with "
-        f"{4 * (n - 1)} degrees of freedom. The chance of any false claim is kept at {ALPHA:g} over the six contrasts "
-        f"and what "
-        "the scenarios need beyond them (Holm's procedure; `stats.py` says how)." * (n > 1), "",
-        "### LR tuning methodology", "", *learning_rates(S)]
+    differ = sorted({k for r in runs for k in {*r["config"], *config} - varied - harmless
+                     if r["config"].get(k) != config.get(k)})
+    return (f"The main runs also differ in: {join(differ)}." if differ else
+            "The main runs differ in optimizer, QK-Norm, learning rate and seed, and in nothing else.")
 
 
-def learning_rates(S):
-    tokens = S["sweep"][0]["config"]["max_tokens"] if S["sweep"] else 0
-    out = [f"Each arm has its own grid of learning rates, run for {count(tokens)} tokens with seed {SWEEP_SEED}. The "
-           f"lowest "
-           f"final val loss wins; a winner at an edge gets points a factor of two further out, up to {MAX_EXTENSIONS} "
-           f"a side.",
-           "", figure(S, 6, "Final val loss by learning rate; the star is the chosen one")]
+def sweep_table(picks, arms):
     rows = []
-    for a, p in ((a, S["picks"].get(a)) for a in ARMS):
-        if not p:
-            rows.append([LABELS[a], "missing"] + [""] * 5)
+    for a in arms:
+        if a not in picks:
+            rows.append([LABELS[a], *["missing"] * 7])
             continue
-        lrs, losses = zip(*((t["lr"], t["val_loss"]) for t in p["tried"]))
+        p, tried = picks[a], picks[a]["tried"]
+        lrs, losses = zip(*((t["lr"], t["val_loss"]) for t in tried))
         at, fit = lrs.index(p["lr"]), stats.quadratic_fit(lrs, losses)
-        near = ["none" if not 0 <= i < len(lrs) else "diverged" if losses[i] is None else f"{losses[i]:.4f}"
-                for i in (at - 1, at + 1)]
-        rows.append([LABELS[a], f"{p['lr']:g}", "yes" if p["bracketed"] else "**not bracketed**",
-                     f"{p['val_loss']:.4f}", *near,
+        cell = lambda t: spread([np.inf if v is None else v for v in t.get("val_losses", [t["val_loss"]])], 4)
+        near = [cell(tried[i]) if 0 <= i < len(lrs) else "none" for i in (at - 1, at + 1)]
+        tie = f"with {join((f'{lr:g}' for lr in p['tie']), ' and ')}" if p["tie"] else \
+            "no" if len(p["seeds"]) > 1 else "not known from one seed"
+        bracketed = "yes" if p["bracketed"] else "**not bracketed**"
+        rows.append([LABELS[a], f"{p['lr']:g}", bracketed, cell(tried[at]), *near, tie,
                      f"{fit[1]:.4f} at {fit[0]:.3g}" if fit else "no minimum"])
-    out += [table(["Config", "Chosen LR", "Bracketed", "Val loss", "next LR below", "next LR above",
-                   "Parabola's minimum"], rows,
-                  "`chosen_lr.json`; the parabola goes through the best three points in log LR")]
-    return out + (transfer(S) if S["transfer"] else [])
+    n = max((len(p["seeds"]) for p in picks.values()), default=1)
+    return table(["Config", "Chosen LR", "Bracketed", "Val loss", "next LR below", "next LR above", "Tie",
+                  "Parabola's minimum"], rows,
+                 f"`chosen_lr.json`, {spread_words(n)}; the parabola goes through the best three points in "
+                 "log LR")
 
 
-def transfer(S):
-    rows = []
-    for a in ARMS:
-        mine = {r["config"]["learning_rate"]: r for r in S["transfer"] if r["config"]["arm"] == a}
-        lr = S["picks"].get(a, {}).get("lr", np.nan)
-        run = [next((r for x, r in mine.items() if np.isclose(x, want)), None) for want in (lr, lr / 2)]
-        ended = [r["val_loss"] if r else None for r in run]
-        cells = ["missing" if v is None else spread([v], 4) for v in ended]
-        holds = "incomplete" if None in ended else "yes" if ended[0] <= ended[1] else "**no**, half is better"
-        rows.append([LABELS[a], f"{lr:g}", *cells, holds])
-    tokens = join(sorted({count(r["config"]["max_tokens"]) for r in S["transfer"]}))
-    return ["### Does the choice hold at a longer budget?", "",
-            table(["Config", "Chosen LR", "Val loss", "at half the LR", "Choice holds"], rows,
-                  f"`transfer/*/log.jsonl`, {tokens} tokens a run")]
+def sweep_rule(S):
+    seeds = sorted({s for p in S["picks"].values() for s in p["seeds"]})
+    tokens = {p["tokens"] for p in S["picks"].values() if "tokens" in p} | \
+        {r["config"]["max_tokens"] for r in S["sweep"]}
+    wins = ("The lowest final val loss wins" if len(seeds) < 2 else
+            "The lowest mean over these seeds of the final val loss wins; a neighbour whose mean is less "
+            "than two standard errors of the difference higher is a tie")
+    return (f"Each arm has its own grid of learning rates, run for "
+            f"{join(map(count, sorted(tokens))) or 'no'} tokens with {'seed' if len(seeds) < 2 else 'seeds'} "
+            f"{join(seeds) or 'not known'}. {wins}. A winner at an edge gets points a factor of two further "
+            f"out, up to {MAX_EXTENSIONS} a side.")
+
+
+def rates_table(near, m, arms):
+    """Each arm at half, once and twice its rate; near as rate_states() takes it, with the rates as 'lr'."""
+    what, _, digits = MEASURES[m]
+    words, rows = ["**no**, half is better", "yes", "**no**, twice is better"], []
+    for a in arms:
+        rows.append([LABELS[a], *["missing"] * 5])
+        if a in near:
+            loss = near[a]["loss"]
+            cells = ["diverged" if np.isinf(x) else f"{v:.{digits}f}" for v, x in zip(near[a][m], loss)]
+            rows[-1] = [LABELS[a], f"{near[a]['lr'][1]:g}", *cells, words[int(np.argmin(loss))]]
+    head = ["Config", "Chosen LR", f"{what[0].upper()}{what[1:]} at half", "at the chosen LR", "at twice",
+            "Choice holds"]
+    wide = len(head) - (m != "loss")
+    return table(head[:wide], [row[:wide] for row in rows],
+                 "`neighbours/*/log.jsonl` and the main runs of the same seed")
+
+
+def choice_holds(S):
+    old = (" `transfer/` holds runs of a stage that this project no longer has, half the rate at a longer "
+           "budget: they enter nothing here." if S["transfer"] else "")
+    if not S["near"]:
+        return f"Not known: `bash sweep.sh {S['scale']} neighbours` was not run.{old}"
+    seed = next(iter(S["near"].values()))["seed"]
+    return (f"Every arm was trained for the whole main budget at half and at twice its rate too, with seed "
+            f"{seed}.{old}\n\n{rates_table(S['near'], 'loss', S['arms'])}")
+
+
+# ---- sections 3 and 4
+def seeds_table(loss, seeds, arms):
+    return table(["Config", *(f"Seed {s}" for s in seeds), "Mean"],
+                 [[LABELS[a], *(spread([x], 4) for x in loss[a]), spread(loss[a], 4)] for a in arms],
+                 f"final val loss in nats a token, {MAIN_LOGS}; mean {spread_words(len(seeds))}")
 
 
 def contrast_table(S, m):
     e, (_, unit, digits) = S["verdict"][2], MEASURES[m]
     if not e:
-        return f"*No contrasts: {S['verdict'][1][0][3]}.*\n"
-    line = lambda name, h: [name, effect(h, m), f"{h['p']:.2g}", f"{h['p_adjusted']:.2g}", decision(h)]
-    best, (s, dof) = e[m, "best"], pooled(S["y"][m])
-    return table([f"Contrast, {unit}", "Effect ± 95 %", "p", "p adjusted", "Decision"],
-                 [*(line(NAMES[c], e[m, c]) for c in CONTRASTS),
-                  line(f"Lead of the first arm, {LABELS[ARMS[best['arm']]]}, over {LABELS[ARMS[best['second']]]}",
-                       best)],
-                 f"{MAIN_LOGS}, by `stats.py`; standard deviation over seeds {s:.{digits}f}, {dof} degrees of freedom")
+        return f"*No contrasts: {S['verdict'][1][0][3]}.*"
+
+    def line(name, h):
+        state, low, high = S["rates"][m, h]
+        by = f", {low:+.{digits}f} to {high:+.{digits}f}" if low is not None else ""
+        near = f"{state}{by}" if e[m, h]["claimed"] else "no claim"
+        p = [f"{e[m, h][key]:.2g}" for key in ("p", "p_adjusted")]
+        return [name, effect(e[m, h], m), *p, decision(e[m, h]), near]
+
+    best = e[m, "best"]
+    lead = f"Lead of the first arm, {LABELS[best['arm']]}, over {LABELS[best['second']]}"
+    lead += f" (p: against {LABELS[best['against']]})" * (best["against"] != best["second"])
+    unit = unit.format(head_dim(S["config"]))
+    return table([f"Contrast, {unit}", "Effect ± 95 %", "p", "p adjusted", "Decision",
+                  "When each arm has any of its three rates"],
+                 [*(line(NAMES[c], c) for c in CONTRASTS), line(lead, "best")],
+                 f"{MAIN_LOGS}, by `post/stats.py`; the last column by `neighbours/*/log.jsonl`, one seed")
 
 
-def results_loss(S):
-    n = len(S["seeds"])
-    out = ["## 3. Results: Loss", "", figure(S, 1, "Val loss over training"),
-           table(["Config", *(f"Seed {s}" for s in S["seeds"]), "Mean"],
-                 [[LABELS[a], *(spread([x], 4) for x in S["y"]["loss"][i]), over_seeds(S, "loss", a)]
-                  for i, a in enumerate(ARMS)],
-                 f"final val loss in nats a token, {MAIN_LOGS}; mean {spread_words(n)}"),
-           contrast_table(S, "loss")]
-    if S["verdict"][2]:
-        out += ["An interval may exclude zero and the decision still be 'undecided': an interval is for one contrast, "
-                "a decision "
-                "for the whole family.", ""]
-    noise = [r.get("val_loss_stderr_bootstrap") for r in results(S).values()
-             if r.get("val_loss_stderr_bootstrap") is not None]
-    if noise:
-        out += [f"Evaluation noise is apart from this: the bootstrap over val sequences gives a standard error of at "
-                f"most "
-                f"{max(noise):.4f} nats for one run (`results.json`). It enters no interval.", ""]
-    return out
+def spread_table(y, arms):
+    """Each arm's own standard deviation over seeds."""
+    n = len(y["loss"][arms[0]])
+    sd = lambda v, digits: f"{v.std(ddof=1):.{digits}f}" if np.isfinite(v).all() else "missing"
+    return table(["Config", "Val loss, nats a token", "Mean PR"],
+                 [[LABELS[a], *(sd(y[m][a], MEASURES[m][2]) for m in MEASURES)] for a in arms],
+                 f"{MAIN_LOGS}; standard deviation over {n} seeds, each with {plural(n - 1, 'degree')} of freedom")
 
 
-def results_pr(S):
-    y, whole = S["y"], all(np.isfinite(S["y"][name]).all() for name in PR_DEFINITIONS)
-    orders = {name: join((LABELS[ARMS[i]] for i in np.argsort(-y[name].mean(axis=1), kind="stable")), " > ")
-              for name in PR_DEFINITIONS}
-    out = ["## 4. Results: Representation Quality", "",
-           "PR1 is (sum s)^2 / sum s^2 and PR2 is (sum s^2)^2 / sum s^4, of the singular values s of one head's keys, "
-           "out of 64. "
-           "'Mean PR' is `pr` below, over heads and layers.", "",
-           "### PR trajectories", "", figure(S, 2, "Mean PR over training"), contrast_table(S, "pr"),
-           "### Definitions side by side", "",
-           table(["Config", *PR_DEFINITIONS], [[LABELS[a], *(over_seeds(S, name, a) for name in PR_DEFINITIONS)]
-                                               for a in ARMS],
-                 f"{MAIN_LOGS}; {spread_words(len(S['seeds']))}"),
-           *(f"- `{name}`: {text}." + f" Order: {orders[name]}." * whole for name, text in PR_DEFINITIONS.items()), ""]
+def power_table(y, e, n):
+    """What the study can resolve."""
+    digits = {m: MEASURES[m][2] for m in MEASURES}
+    cells = lambda m, c: [f"± {e[m, c]['half']:.{digits[m]}f}",
+                          f"{stats.detectable(e[m, c], n):.{digits[m]}f}"]
+    found = "found with 80 % power"
+    return table(["Contrast", "Val loss, 95 %", found, "seeds for 0.01 nats", "Mean PR, 95 %", found],
+                 [[NAMES[c], *cells("loss", c), stats.seeds_needed(y["loss"], CONTRASTS[c]), *cells("pr", c)]
+                  for c in CONTRASTS],
+                 "`post/stats.py`, from the spreads above; found: the true effect that such a study would claim "
+                 "8 times in 10, at the strictest of Holm's steps; seeds: for a 95 % interval of ± 0.01 nats")
+
+
+def resolution(S):
+    """What the seeds of this study can resolve."""
+    y, n, e = S["y"], len(S["seeds"]), S["verdict"][2]
+    if n < 2:
+        return "One seed has no spread over seeds."
+    out = [spread_table(y, S["arms"])]
+    if e:
+        over = {m: stats.seed_correlation({a: y[m][a] for a in FACTORIAL}) for m in MEASURES}
+        out += [f"Seeds are the same in every arm. The mean correlation of two arms over seeds is "
+                f"{over['loss']['mean']:+.2f} on loss and {over['pr']['mean']:+.2f} on mean PR" +
+                (f"; differences within a seed spread less than unpaired ones would in "
+                 f"{over['loss']['helped']} and {over['pr']['helped']} of the {len(over['loss']['pairs'])} "
+                 "pairs. No interval makes use of it." if n > 2 else
+                 ", but from two seeds each is one or minus one, which says nothing."), power_table(y, e, n)]
+    return paragraphs(*out)
+
+
+def evaluation_noise(runs):
+    noise = [x for r in runs.values() if (x := r.get("val_loss_stderr_bootstrap")) is not None]
+    return (f"Evaluation noise is apart from this: the bootstrap over val sequences gives a standard error "
+            f"of at most {max(noise):.4f} nats for one run (`results.json`). It enters no "
+            "interval." if noise else "")
+
+
+def definitions(y, arms, n):
+    """PR under all four definitions, and the order of the arms under each."""
+    whole = all(np.isfinite(y[name][a]).all() for name in PR_DEFINITIONS for a in arms)
+    orders = {name: join((LABELS[a] for a in sorted(arms, key=lambda a: -y[name][a].mean())), " > ")
+              for name in PR_DEFINITIONS if whole}
+    same = "the same" if len(set(orders.values())) == 1 else "not the same"
+    out = [table(["Config", *PR_DEFINITIONS],
+                 [[LABELS[a], *(over_seeds(y, name, a) for name in PR_DEFINITIONS)] for a in arms],
+                 f"{MAIN_LOGS}; {spread_words(n)}"),
+           bullets(f"`{name}`: {text}." + (f" Order: {orders[name]}." if whole else "")
+                   for name, text in PR_DEFINITIONS.items())]
     if whole:
-        out += [f"The order of the arms is {'the same' if len(set(orders.values())) == 1 else 'not the same'} under "
-                f"all four. A PR "
-                f"claim has to hold in sign under {join(f'`{name}`' for name in PR_NAMES)}, or it 'depends on the "
-                f"definition'.", ""]
-    return out + ["### Per-layer breakdown", "", figure(S, 4, "PR of each layer at the end of training"),
-                  "### Singular value spectra", "",
-                  figure(S, 5, "Singular values of the keys, sorted, in an early, a middle and a late layer"),
-                  "### PR against learning rate", "", *pr_by_lr(S)]
+        out.append(f"The order of the arms is {same} under all four. A PR claim has to hold in sign under "
+                   f"{join(f'`{name}`' for name in PR_NAMES)}, or it 'depends on the definition'.")
+    return paragraphs(*out)
 
 
-def pr_by_lr(S):
-    ended = {(r["config"]["arm"], r["config"]["learning_rate"]): r for r in S["sweep"] if r["status"] != "unfinished"
-             and r["rows"]}
+def frozen_gains(y, configs):
+    """Frozen against learned gains of QK-Norm under each optimizer, where a study has both; '' where it has
+    not."""
+    gained = [a for a, c in configs.items() if c["qk_norm"] and c["qk_gain"] and a in FACTORIAL]
+    pairs = [(a, b) for a in gained for b, c in configs.items()
+             if c["qk_norm"] and not c["qk_gain"] and c["optimizer"] == configs[a]["optimizer"]]
+    if not pairs:
+        return ""
+
+    def cell(name, a, b):
+        if len(y[name][a]) < 2 or not np.isfinite([y[name][a], y[name][b]]).all():
+            return "missing"
+        return effect(stats.pair(y[name], a, b), "loss" if name == "loss" else "pr")
+    return ("### Frozen against learned gains\n\n"
+            "Is what QK-Norm does to the keys done by its gains? Here they stay at one, against gains that "
+            "learn, under the same optimizer, each arm at its own learning rate.\n\n" +
+            table(["Difference", "Val loss", *PR_DEFINITIONS],
+                  [[f"{LABELS[b]} minus {LABELS[a]}", *(cell(m, a, b) for m in ("loss", *PR_DEFINITIONS))]
+                   for a, b in pairs],
+                  f"{MAIN_LOGS}; 95 % intervals, each alone and not corrected: no verdict hangs on them"))
+
+
+def pr_by_lr(sweep):
+    """PR at the end of every sweep run, by arm and learning rate."""
+    ended = {}
+    for r in (r for r in sweep if r["status"] != "unfinished" and r["rows"]):
+        ended.setdefault((r["config"]["arm"], r["config"]["learning_rate"]), []).append(r)
     if not ended:
-        return ["*No sweep run has ended.*", ""]
-    end = lambda r, name: float(np.mean(layer_values(r["rows"][-1], name)))
-    cells = lambda r: [f"{r['val_loss']:.4f}", *(f"{end(r, name):.2f}" for name in PR_DEFINITIONS)] \
-        if r["status"] == "finished" else ["diverged"] + [""] * len(PR_DEFINITIONS)
-    out = ["A PR effect may be a learning-rate effect, so here is PR at the end of every sweep run.", "",
-           table(["Config", "LR", "Val loss", *PR_DEFINITIONS],
-                 [[LABELS[a], f"{lr:g}", *cells(r)] for (a, lr), r in ended.items()],
-                 "last rows of `sweep/*/log.jsonl`")]
-    pr = {k: end(r, "pr") for k, r in ended.items() if r["status"] == "finished"}
-    by_arm = {a: [v for (b, _), v in pr.items() if a == b] for a in ARMS}
-    at = [pr[a, p["lr"]] for a, p in S["picks"].items() if (a, p["lr"]) in pr]
-    ranges = join((f"{LABELS[a]} {min(v):.2f} to {max(v):.2f}" for a, v in by_arm.items() if v), "; ")
-    chosen = f" At the chosen learning rates the arms lie between {min(at):.2f} and {max(at):.2f}." if at else ""
-    out += [f"Mean PR over an arm's own grid: {ranges}.{chosen}", ""]
-    shared = [[f"{LABELS[b]} minus {LABELS[a]}", f"{lr:g}", f"{pr[b, lr] - pr[a, lr]:+.2f}"] for a, b in ONE_FACTOR
-              for c, lr in sorted(pr) if c == a and (b, lr) in pr]
-    if shared:
-        out += ["At learning rates that two arms share:", "", table(["Difference", "LR", "Mean PR"], shared,
-                                                                    "the table above")]
-    return out
+        return "*No sweep run has ended.*"
+    values = {k: {name: [last(r, name) for r in runs] for name in ("loss", *PR_DEFINITIONS)}
+              for k, runs in ended.items()}
+
+    def row(arm, lr):
+        v = values[arm, lr]
+        lost = "diverged" if np.isinf(v["loss"]).all() else None
+        return [LABELS[arm], f"{lr:g}", spread(v["loss"], 4),
+                *(lost or spread(v[name], 2) for name in PR_DEFINITIONS)]
+    n = max(len(runs) for runs in ended.values())
+    return table(["Config", "LR", "Val loss", *PR_DEFINITIONS], [row(*k) for k in ended],
+                 f"last rows of `sweep/*/log.jsonl`; {spread_words(n)}")
 
 
-def checkpoints(S):
+# ---- sections 5 and 6
+def checkpoints(runs):
     """{tokens: [(run, row)]} at the token checkpoints of the main runs."""
     found = {}
-    for r in S["runs"]:
+    for r in runs:
         steps = {e["step"] for e in r["events"] if e["event"] == "spot_check"}
         for row in r["rows"]:
             if row["step"] in steps:
@@ -334,199 +503,280 @@ def checkpoints(S):
     return dict(sorted(found.items()))
 
 
-def relationship(S):
+def correlation_table(runs, arms):
     rows = []
-    for tokens, pairs in checkpoints(S).items():
+    for tokens, pairs in checkpoints(runs).items():
         pairs = [(r["config"]["arm"], row["mean_pr"], row["val_loss"]) for r, row in pairs
-                 if np.isfinite([row["mean_pr"], row["val_loss"]]).all()]
+                 if np.isfinite(np.array([row["mean_pr"], row["val_loss"]], float)).all()]  # None: not finite
         pr, loss = (np.array([p[i] for p in pairs]) for i in (1, 2))
         if len(pairs) < 3 or not np.ptp(pr) or not np.ptp(loss):
             continue
         arm = np.array([p[0] for p in pairs])
-        means = np.array([(pr[arm == a].mean(), loss[arm == a].mean()) for a in ARMS if a in arm])
+        means = np.array([(pr[arm == a].mean(), loss[arm == a].mean()) for a in arms if a in arm])
         rows.append([count(tokens), len(pairs), f"{np.corrcoef(pr, loss)[0, 1]:+.2f}",
-                     f"{np.corrcoef(means.T)[0, 1]:+.2f}" if len(means) == len(ARMS) else "missing",
+                     f"{np.corrcoef(means.T)[0, 1]:+.2f}" if len(means) == len(arms) > 2 else "missing",
                      f"{pr.min():.2f} to {pr.max():.2f}", f"{loss.min():.4f} to {loss.max():.4f}"])
-    return ["## 5. The Relationship Between Loss and PR", "", figure(S, 3,
-                                                                     "Val loss against mean PR at each token "
-                                                                     "checkpoint"),
-            "Both change over training, so runs are compared within one token count and never pooled over time. Runs "
-            "of one arm lie "
-            "together, so these are about four points, and no test is made of them.", "",
-            table(["Tokens", "Runs", "Correlation over runs", "over the arm means", "Mean PR", "Val loss"], rows,
-                  "`*-seed*/log.jsonl` at the token checkpoints")]
+    return table(["Tokens", "Runs", "Correlation over runs", "over the arm means", "Mean PR", "Val loss"],
+                 rows, "`*-seed*/log.jsonl` at the token checkpoints")
 
 
-def results(S):
-    return (S["results"] or {}).get("runs", {})
+TASKS = {"val": "val_ppl", "hellaswag": "acc_norm", "lambada": "acc"}
 
 
-def task_cell(S, name, task, key):
-    """One task of one run in percent with its standard error, or why there is none."""
-    arm, seed = name.split("-seed")
-    if S["cell"].get((arm, int(seed)), {}).get("status") == "diverged":
-        return "diverged"
-    r = results(S).get(name, {}).get(task) or {}
-    if key not in r:
-        return "not available" if "not_available" in r else "missing"
-    error = r.get(f"{key}_stderr")
-    return f"{100 * r[key]:.1f}" + (f" ± {100 * error:.1f} %" if error is not None else " %")
-
-
-def task_mean(S, arm, task, key):
-    cells = [task_cell(S, f"{arm}-seed{s}", task, key) for s in S["seeds"]]
-    words = [c for c in cells if not c[0].isdigit()]
-    return words[0] if words else spread([100 * results(S)[f"{arm}-seed{s}"][task][key] for s in S["seeds"]], 1) + " %"
+def cell_of(result, task, status):
+    """One task of one run, or val perplexity where task is 'val', or why there is none. Tasks in percent with
+    their standard error."""
+    r = result if task == "val" and "val_ppl" in result else result.get(task) or {}
+    if status == "diverged" or "not_available" in r or TASKS[task] not in r:
+        return "diverged" if status == "diverged" else "not available" if "not_available" in r else "missing"
+    if task == "val":
+        return f"{r['val_ppl']:.2f}"
+    error = r.get(f"{TASKS[task]}_stderr")
+    return f"{100 * r[TASKS[task]]:.1f}" + (f" ± {100 * error:.1f} %" if error is not None else " %")
 
 
 def downstream(S):
-    runs, tasks = results(S), (("hellaswag", "acc_norm"), ("lambada", "acc"))
-    names = [(a, s, f"{a}-seed{s}") for a in ARMS for s in S["seeds"]]
-    ppl = lambda name: f"{runs[name]['val_ppl']:.2f}" if name in runs else task_cell(S, name, "", "")
-    out = ["## 6. Downstream Evaluation", "",
-           table(["Config", "Seed", "Val PPL", "HellaSwag", "LAMBADA"],
-                 [[LABELS[a], s, ppl(name), *(task_cell(S, name, *t) for t in tasks)] for a, s, name in names],
-                 "`results.json`; HellaSwag 10-shot acc_norm, LAMBADA 0-shot last-word accuracy, ± standard error over "
-                 "examples"),
-           table(["Config", "Best LR", "Val Loss", "Mean PR", "HellaSwag", "LAMBADA"],
-                 [[LABELS[a], f"{S['picks'][a]['lr']:g}" if a in S["picks"] else "missing", over_seeds(S, "loss", a),
-                   over_seeds(S, "pr", a), *(task_mean(S, a, *t) for t in tasks)] for a in ARMS],
-                 f"`chosen_lr.json`, {MAIN_LOGS}, `results.json`; {spread_words(len(S['seeds']))}")]
-    reasons = {f"{t}: {r[t]['not_available']}" for r in runs.values() for t in ("hellaswag", "lambada", "wikitext")
-               if "not_available" in (r.get(t) or {})}
-    errors = [e for r in runs.values() if (e := (r.get("hellaswag") or {}).get("acc_norm_stderr")) is not None]
-    gaps = [abs(runs[name]["val_loss"] - S["cell"][a, s]["val_loss"]) for a, s, name in names
-            if name in runs and S["cell"].get((a, s), {}).get("status") == "finished"]
-    out += [f"- Not available: {reason}" for reason in sorted(reasons)]
-    out += ["- Chance on HellaSwag is 25 %" + (f"; the standard error of one run is {100 * max(errors):.1f} points."
-                                               if errors else "."),
-            "- GPT-2 124M in the same harness: HellaSwag acc 28.9 %, acc_norm 31.1 %; LAMBADA acc 32.56 %, ppl 40.06."]
-    if gaps:
-        out += [f"- Evaluated again, final checkpoints differ from the logs' val loss by at most {max(gaps):.4f} nats."]
-    return out + [""] + (sanity(S) if S["scale"] == "80m" else [])
+    """Every evaluation, the results table of step 9, and what to hold them against."""
+    runs, cells, errors, gaps = S["results"], {}, [], []
+    for a, s in itertools.product(S["arms"], S["seeds"]):
+        run, result = S["cell"].get((a, s), {}), runs.get(f"{a}-seed{s}", {})
+        cells[a, s] = [cell_of(result, task, run.get("status")) for task in TASKS]
+        if "val_loss" in result and run.get("status") == "finished":
+            gaps.append(abs(result["val_loss"] - run["val_loss"]))
+        errors.append((result.get("hellaswag") or {}).get("acc_norm_stderr") or 0)
+
+    def mean(arm, i, task):
+        words = [cells[arm, s][i] for s in S["seeds"] if not cells[arm, s][i][0].isdigit()]
+        if words:
+            return words[0]
+        return spread([100 * runs[f"{arm}-seed{s}"][task][TASKS[task]] for s in S["seeds"]], 1) + " %"
+
+    each = table(["Config", "Seed", "Val PPL", "HellaSwag", "LAMBADA"],
+                 [[LABELS[a], s, *found] for (a, s), found in cells.items()],
+                 "`results.json`; HellaSwag 10-shot acc_norm, LAMBADA 0-shot last-word accuracy, ± standard "
+                 "error over examples")
+    means = table(["Config", "Best LR", "Val Loss", "Mean PR", "HellaSwag", "LAMBADA"],
+                  [[*row, mean(a, 1, "hellaswag"), mean(a, 2, "lambada")]
+                   for a, row in zip(S["arms"], summary(S))],
+                  f"`chosen_lr.json`, {MAIN_LOGS}, `results.json`; {spread_words(len(S['seeds']))}")
+    error = f"; the standard error of one run is {100 * max(errors):.1f} points" if any(errors) else ""
+    parts = [(part, r) for result in runs.values() for part, r in result.items() if isinstance(r, dict)]
+    why_not = {f"Not available: {part}: {r['not_available']}" for part, r in parts if "not_available" in r}
+    return paragraphs(each, means, bullets(filter(None, [
+        *sorted(why_not),
+        f"Chance on HellaSwag is 25 %{error}.",
+        "GPT-2 124M in the same harness: HellaSwag acc 28.9 %, acc_norm 31.1 %; LAMBADA acc 32.56 %, "
+        "ppl 40.06.",
+        gaps and f"Evaluated again, final checkpoints differ from the logs' val loss by at most "
+                 f"{max(gaps):.4f} nats."])),
+        S["scale"] == "80m" and sanity(S["y"], S["configs"], runs))
 
 
-def sanity(S):
+def summary(S):
+    """[[config, best learning rate, val loss, mean PR]], as strings, of every arm."""
+    lr = lambda a: f"{S['picks'][a]['lr']:g}" if a in S["picks"] else "missing"
+    return [[LABELS[a], lr(a), *(over_seeds(S["y"], m, a) for m in MEASURES)] for a in S["arms"]]
+
+
+def sanity(y, configs, results):
     """The ranges that were expected at 80m before any run."""
-    loss = S["y"]["loss"].mean(axis=1)
-    task = lambda name, key: np.mean([100 * r[name][key] for r in results(S).values() if key in (r.get(name) or {})]
-                                     or [np.nan])
-    rows = [("Val loss, mean of the Muon arms", loss[2:].mean(), 3.4, 3.6),
-            ("AdamW above Muon", loss[:2].mean() - loss[2:].mean(), 0.05, 0.1),
-            ("HellaSwag, %", task("hellaswag", "acc_norm"), 25, 27.5), ("LAMBADA, %", task("lambada", "acc"), 3, 15)]
-    return [table(["Sanity check", "Measured", "Expected", "Inside"],
-                  [[name, f"{v:.3f}" if np.isfinite(v) else "missing", f"{low} to {high}", "missing"
-                    if not np.isfinite(v) else
-                    "yes" if low <= v <= high else "**no**"] for name, v, low, high in rows],
-                  f"{MAIN_LOGS}, `results.json`; ranges expected before any run, of 80M parameters and 300M tokens of "
-                  f"FineWeb-Edu")]
+    of = lambda name: np.mean([y["loss"][a].mean() for a in FACTORIAL if configs[a]["optimizer"] == name])
+    found = lambda name: [(r.get(name) or {}).get(TASKS[name], np.nan) for r in results.values()]
+    task = lambda name: 100 * np.mean([x for x in found(name) if x == x] or [np.nan])
+    rows = [("Val loss, mean of the Muon arms", of("muon"), 3.4, 3.6),
+            ("AdamW above Muon", of("adamw") - of("muon"), 0.03, 0.1),
+            ("HellaSwag, %", task("hellaswag"), 25, 27.5), ("LAMBADA, %", task("lambada"), 3, 15)]
+    inside = lambda v, low, high: "missing" if not np.isfinite(v) else "yes" if low <= v <= high else "**no**"
+    return table(["Sanity check", "Measured", "Expected", "Inside"],
+                 [[name, spread([v], 3), f"{low} to {high}", inside(v, low, high)]
+                  for name, v, low, high in rows],
+                 f"{MAIN_LOGS}, `results.json`; ranges expected before any run, of 80M parameters and 300M "
+                 f"tokens of FineWeb-Edu")
 
 
+# ---- sections 7 to 9, and the appendix
 def reasons(conditions):
     """What each scenario needs and whether it is so, as nested list items."""
+    out = []
     for s in dict.fromkeys(s for s, *_ in conditions):
         mine = [c for c in conditions if c[0] == s]
-        yield f"- **{s}: {'holds' if all(ok for _, _, ok, _ in mine) else 'does not hold'}**"
-        yield from (f"    - {'met' if ok else 'not met'}: {text} ({fact})" for _, text, ok, fact in mine)
+        out += [f"- **{s}: {'holds' if all(ok for _, _, ok, _ in mine) else 'does not hold'}**"]
+        out += [f"    - {'met' if ok else 'not met'}: {text} ({fact})" for _, text, ok, fact in mine]
+    return join(out, "\n")
 
 
-def discussion(S):
-    outcome, conditions, e = S["verdict"]
-    name = {"none": "none of the four", "no verdict": "no verdict"}.get(outcome, f"scenario {outcome}")
-    logit = S["y"]["logit"]
-    entropy = {a: spread([np.mean(layer_values(r["rows"][-1], "attn_entropy")) for r in S["runs"]
-                          if r["config"]["arm"] == a and r["status"] == "finished"], 3) for a in ARMS}
-    out = ["## 7. Discussion", "", f"### What the contrasts decide: {name}", "",
-           *reasons(conditions), "", "*Source: the tables of contrasts in sections 3 and 4, by `stats.py`.*", "",
-           "### Mechanism", "",
-           f"{TODO} the mechanistic explanation, why you think this happens, and what these numbers leave open. "
-           f"Numbers to use:", ">",
-           *(f"> - {LABELS[a]}: mean PR {over_seeds(S, 'pr', a)}, centred {over_seeds(S, 'pr_centered', a)}, of the "
-             f"weights "
-             f"{over_seeds(S, 'pr_weight', a)}, largest scaled logit {spread(logit[i], 1)}, attention entropy "
-             f"{entropy[a]} nats"
-             for i, a in enumerate(ARMS)), "",
-           "*Source: `*-seed*/log.jsonl`: `pr_*` and `attn_entropy_*` at the end, `max_logit_*` the largest over "
-           "layers and rows.*", ""]
-    if e and np.isfinite(logit).all():
-        control = stats.logit_control(logit)
-        out += [f"The largest logit of Muon without QK-Norm is {'in every seed' if control else 'not in every seed'} "
-                f"below that of "
-                f"AdamW without QK-Norm and below {LOGIT_FLAG}: the logits "
-                f"{'bear out' if control else 'do not bear out'} the "
-                "wording 'implicit attention logit control'.", ""]
-    return out
+def logits(y, e):
+    if not e or not all(np.isfinite(y["logit"][a]).all() for a in FACTORIAL):
+        return ""
+    control = stats.logit_control(y["logit"])
+    return (f"The largest logit of Muon without QK-Norm is "
+            f"{'in every seed' if control else 'not in every seed'} below that of AdamW without QK-Norm and "
+            f"below {LOGIT_FLAG}: the logits {'bear out' if control else 'do not bear out'} the wording "
+            "'implicit attention logit control'.")
 
 
 def limitations(S):
-    c, n, y = S["config"], len(S["seeds"]), S["y"]
-    wide = join(LABELS[a] for a, p in S["picks"].items() if not p["bracketed"])
-    lost = join(f"{LABELS[a]} {k} of {n}" for a, k in S["diverged"].items() if k)
+    c, y, n = S["config"], S["y"], len(S["seeds"])
+    picks = {a: p for a, p in S["picks"].items() if a in S["arms"]}
+    each = lambda items: join(items, "; ")  # a label may hold a comma
+    wide = each(LABELS[a] for a, p in picks.items() if not p["bracketed"])
+    ties = each(LABELS[a] for a, p in picks.items() if p["tie"])
+    lost = each(f"{LABELS[a]} {k} of {n}" for a in S["arms"] if (k := np.isinf(y["loss"][a]).sum()))
+    off = each(LABELS[a] for a, at in S["near"].items() if min(at["loss"]) < at["loss"][1])
     restarts = sum(e["event"] == "restart" for r in S["runs"] for e in r["events"])
-    out = [f"{count(c['num_params'])} params, a single architecture (LLaMA-style, {c['n_layer']} layers of width "
-           f"{c['n_embd']}), one "
-           "data set, one tokenizer.",
-           f"{count(c['max_tokens'])} tokens a run, {c['max_tokens'] / c['num_params']:.2g} a parameter.",
-           f"{plural(n, 'seed')}: " + (f"{4 * (n - 1)} degrees of freedom for the spread over seeds." if n > 1
-                                       else "no spread is known.")]
-    if S["verdict"][2]:
-        out += [f"A difference of two arms is known to ± {pair(y['loss'], 0, 1)['half']:.4f} nats and ± "
-                f"{pair(y['pr'], 0, 1)['half']:.2f} of "
-                "mean PR: smaller effects stay unseen."]
-    out += ["Unknown whether this holds at a larger scale, on other data, or for longer training.",
-            "QK-Norm works in production models (Gemma 3, Qwen3); nothing here tests the scale and stability they need "
-            "it for.",
-            f"Learning rates were tuned on short runs with one seed. Weight decay ({c['weight_decay']:g}), batch size, "
-            f"betas and "
-            "warmup are the same in all arms and were not tuned.",
-            f"PR is measured on {c['probe_tokens']:,} val tokens, and depends on its definition and on the learning "
-            f"rate (section 4)."]
-    out += [f"Not bracketed, so perhaps not at its best learning rate: {wide}."] * bool(wide)
-    out += [f"Diverged main runs: {lost}. An infinite loss is a result, and is in no mean."] * bool(lost)
-    out += [f"{plural(restarts, 'restart')} after a loss that was not finite. The batch at fault was left out, so "
-            f"these runs saw other "
-            "data than the other arms of their seed."] * bool(restarts)
-    return ["## 8. Limitations", "", *(f"- {line}" for line in out), ""]
+    half = {m: [stats.pair(y[m], a, b)["half"] for a, b in itertools.combinations(FACTORIAL, 2)]
+            for m in MEASURES if S["verdict"][2]}
+    sweep_seeds = max((len(p["seeds"]) for p in picks.values()), default=1)
+    return bullets(filter(None, [
+        f"{count(c['num_params'])} params, a single architecture (LLaMA-style, {c['n_layer']} layers of "
+        f"width {c['n_embd']}), one data set, one tokenizer.",
+        f"{count(c['max_tokens'])} tokens a run, {c['max_tokens'] / c['num_params']:.2g} a parameter.",
+        f"{plural(n, 'seed')}: " + (f"the spread of an arm has {plural(n - 1, 'degree')} of freedom." if n > 1
+                                    else "no spread is known."),
+        half and f"A difference of two arms is known to ± {min(half['loss']):.4f} nats at best and ± "
+                 f"{max(half['loss']):.4f} at worst, and to between ± {min(half['pr']):.2f} and ± "
+                 f"{max(half['pr']):.2f} of mean PR: smaller effects stay unseen.",
+        "Unknown whether this holds at a larger scale, on other data, or for longer training.",
+        "QK-Norm works in production models (Gemma 3, Qwen3); nothing here tests the scale and stability "
+        "they need it for.",
+        f"Learning rates were tuned on short runs with {plural(sweep_seeds, 'seed')}. Weight decay "
+        f"({c['weight_decay']:g}), batch size, betas and warmup are the same in all arms and were not tuned.",
+        f"PR is measured on {c['probe_tokens']:,} val tokens, and depends on its definition and on the "
+        f"learning rate (section 4).",
+        wide and f"Not bracketed, so perhaps not at its best learning rate: {wide}.",
+        ties and f"A tie between neighbouring learning rates, so that chance had a part in the choice: "
+                 f"{ties}.",
+        off and f"At the main budget half or twice the chosen learning rate ended lower, in one seed: {off}.",
+        not S["near"] and "No arm was trained at the rates beside its own for the main budget: how far an "
+                          "effect is one of the learning rate is not known.",
+        lost and f"Diverged main runs: {lost}. An infinite loss is a result, and is in no mean.",
+        restarts and f"{plural(restarts, 'restart')} after a loss that was not finite. The batch at fault "
+                     f"was left out, so these runs saw other data than the other arms of their seed."]))
 
 
-def recommendations(S):
-    speed = {a: [x for r in S["runs"] if r["config"]["arm"] == a for row in r["rows"]
-                 if (x := row.get("tokens_per_s"))] for a in ARMS}
-    return ["## 9. Recommendations", "",
-            f"{TODO} practical advice, no wider than section 8 allows and resting on resolved contrasts alone. Numbers "
-            f"to use:", ">",
-            *(f"> - {LABELS[a]}: learning rate {S['picks'][a]['lr']:g}, val loss {over_seeds(S, 'loss', a)}, "
-              f"{np.median(v):,.0f} tokens/s"
-              for a, v in speed.items() if v and a in S["picks"]), "",
-            "*Source: `chosen_lr.json`, `*-seed*/log.jsonl` (tokens/s: median over rows, on the machine of the "
-            "runs).*", ""]
+def speeds(S):
+    out = []
+    for a in (a for a in S["arms"] if a in S["picks"]):
+        rows = [row for r in S["runs"] if r["config"]["arm"] == a for row in r["rows"]]
+        v = [x for row in rows if (x := row.get("tokens_per_s"))]
+        if v:
+            out.append(f"{LABELS[a]}: learning rate {S['picks'][a]['lr']:g}, val loss "
+                       f"{over_seeds(S['y'], 'loss', a)}, {np.median(v):,.0f} tokens/s")
+    return bullets(out, "> - ")
 
 
-def appendix(S):
-    out, e, y = ["## Appendix", "", "### A. Every pair of arms", ""], S["verdict"][2], S["y"]
-    cell = lambda m, a, b: effect(pair(y[m], ARMS.index(a), ARMS.index(b)), m)
-    out += [table(["Difference", "Val loss, nats", "Mean PR, of 64"],
-                  [[f"{LABELS[b]} minus {LABELS[a]}", cell("loss", a, b), cell("pr", a, b)] for a, b in PAIRS],
-                  f"{MAIN_LOGS}; 95 % intervals, each alone and not corrected: no claim rests on them")] if e else \
-           [f"*None: {S['verdict'][1][0][3]}.*", ""]
+def pairs_table(y, arms, top):
+    """Every pair of arms whose runs all ended."""
+    whole = [a for a in arms if np.isfinite([y["loss"][a], y["pr"][a]]).all() and len(y["loss"][a]) > 1]
+    rows = [[f"{LABELS[b]} minus {LABELS[a]}", *(effect(stats.pair(y[m], a, b), m) for m in MEASURES)]
+            for a, b in itertools.combinations(whole, 2)]
+    return table(["Difference", "Val loss, nats", f"Mean PR, of {top}"], rows,
+                 f"{MAIN_LOGS}; 95 % intervals, each alone and not corrected: no claim rests on them")
+
+
+def spot_checks(runs):
     rows, notes = [], []
-    for r in S["runs"]:
+    for r in runs:
         name = f"{LABELS[r['config']['arm']]}, seed {r['config']['seed']}"
         for x in r["events"]:
             if x["event"] == "spot_check":
-                rows.append([name, count(x["tokens"]), f"{x['val_loss']:.4f}" + " (not falling)" * (not x["falling"]),
-                             "**yes**" if x["nan"] else "no", f"{x['mean_pr_before']:.2f} → {x['mean_pr']:.2f}",
-                             f"{x['max_logit_before']:.1f} → {x['max_logit']:.1f}", join(x["flags"]) or "none"])
+                show = lambda key, digits: "not finite" if x[key] is None else f"{x[key]:.{digits}f}"
+                loss = show("val_loss", 4) + " (not falling)" * (not x["falling"])
+                rows.append([name, count(x["tokens"]), loss, "**yes**" if x["nan"] else "no",
+                             f"{show('mean_pr_before', 2)} → {show('mean_pr', 2)}",
+                             f"{show('max_logit_before', 1)} → {show('max_logit', 1)}",
+                             join(x["flags"]) or "none"])
             elif x["event"] in ("restart", "diverged"):
-                notes.append(f"- {name}: {x['event']} at step {x['step']}" +
-                             (f", {x['reason']}" if x.get("reason") else ""))
-    return out + ["### B. Spot checks (step 6)", "",
-                  table(["Run", "Tokens", "Val loss", "NaNs", "Mean PR", "Largest logit", "Flags"], rows,
-                        "`spot_check` events of `*-seed*/log.jsonl`; arrows: since the checkpoint before"), *notes, ""]
+                reason = f", {x['reason']}" if x.get("reason") else ""
+                notes.append(f"{name}: {x['event']} at step {x['step']}{reason}")
+    shown = table(["Run", "Tokens", "Val loss", "NaNs", "Mean PR", "Largest logit", "Flags"], rows,
+                  "`spot_check` events of `*-seed*/log.jsonl`; arrows: since the checkpoint before")
+    return paragraphs(shown, bullets(notes))
 
 
+# ---- the post
 def build(S):
-    """The whole post as Markdown, from report.load()'s dict."""
-    parts = [top, tldr, setup, results_loss, results_pr, relationship, downstream, discussion, limitations,
-             recommendations, appendix]
-    return join((join(part(S), "\n") for part in parts), "\n").rstrip() + "\n"
+    """The whole post as Markdown, block by block, from report.load()'s dict."""
+    c, arms, seeds, y, folder = S["config"], S["arms"], S["seeds"], S["y"], S["dir"]
+    n, top, params, tokens = len(seeds), head_dim(c), count(c["num_params"]), count(c["max_tokens"])
+    outcome, conditions, e = S["verdict"]
+    others = join((LABELS[a] for a in arms if a not in FACTORIAL), " and ")
+    scenario = {"none": "none of the four", "no verdict": "no verdict"}.get(outcome, f"scenario {outcome}")
+    blocks = [
+        f"# {S['title']}", scale_note(c), notices(S),
+
+        "## 1. TLDR", tldr(S), f"**Verdict: {outcome}**",
+
+        "## 2. Experimental Setup",
+        "### Architecture", S["experiment_config"].split("\n", 2)[2].strip(),
+        "*Source: `config.json` and `source/` of the runs.*",
+        f"### The {len(arms)} configs and why", configs_table(S["configs"]),
+        f"{plural(n, 'seed')} per config, {tokens} tokens, {params} param model. Seeds {join(seeds)}; a seed "
+        f"fixes the initial weights and the order of the data, the same in every arm. "
+        f"{differences(S['runs'], c)}",
+        "### Registration and statistics", S["registration"],
+        f"The unit is the run. Intervals are 95 %, and each arm has its own variance over seeds (Welch's, "
+        f"with Satterthwaite's degrees of freedom), as arms are not equally noisy. The chance of any false "
+        f"claim is kept at {ALPHA:g} over the six contrasts and what the scenarios need beyond them, by "
+        f"Holm's steps and with p-values raised for few seeds; `post/stats.py` says how." +
+        f" Contrasts, headline and verdict are about the 2x2; tables hold {others} too." * bool(others),
+        "### LR tuning methodology", sweep_rule(S),
+        figure(folder, 6, "Final val loss by learning rate; the star is the chosen one"),
+        sweep_table(S["picks"], arms),
+        "### Does the choice hold at the main budget?", choice_holds(S),
+
+        "## 3. Results: Loss",
+        figure(folder, 1, "Val loss over training"), seeds_table(y["loss"], seeds, arms),
+        contrast_table(S, "loss"),
+        "An interval may exclude zero and the decision still be 'undecided': an interval is for one "
+        "contrast, a decision for the whole family." if e else "",
+        f"### What {plural(n, 'seed')} can resolve", resolution(S), evaluation_noise(S["results"]),
+
+        "## 4. Results: Representation Quality",
+        f"PR1 is (sum s)^2 / sum s^2 and PR2 is (sum s^2)^2 / sum s^4, of the singular values s of one "
+        f"head's keys, out of {top}. 'Mean PR' is `pr` below, over heads and layers.",
+        "### PR trajectories", figure(folder, 2, "Mean PR over training"), contrast_table(S, "pr"),
+        "### Definitions side by side", definitions(y, arms, n), frozen_gains(y, S["configs"]),
+        "### Per-layer breakdown", figure(folder, 4, "PR of each layer at the end of training"),
+        "### Singular value spectra",
+        figure(folder, 5, "Singular values of the keys, sorted, in an early, a middle and a late layer"),
+        "### PR against learning rate",
+        "A PR effect may be a learning-rate effect, so here is PR at other rates: at the main budget where "
+        "the stage `neighbours` was run, and at the end of every sweep run.",
+        figure(folder, 7, "Val loss and mean PR against learning rate, of the sweep and at the main budget"),
+        rates_table(S["near"], "pr", arms) if S["near"] else "", pr_by_lr(S["sweep"]),
+
+        "## 5. The Relationship Between Loss and PR",
+        figure(folder, 3, "Val loss against mean PR at each token checkpoint"),
+        f"Both change over training, so runs are compared within one token count and never pooled over time. "
+        f"Runs of one arm lie together, so these are about {len(arms)} points, and no test is made of them.",
+        correlation_table(S["runs"], arms),
+
+        "## 6. Downstream Evaluation", downstream(S),
+
+        "## 7. Discussion",
+        f"### What the contrasts decide: {scenario}", reasons(conditions),
+        "*Source: the tables of contrasts in sections 3 and 4, by `post/stats.py`.*",
+        "### Mechanism",
+        f"{TODO} the mechanistic explanation, why you think this happens, and what these numbers leave open. "
+        f"Numbers to use:\n>\n" + bullets((f"{LABELS[a]}: mean PR {over_seeds(y, 'pr', a)}, centred "
+                                f"{over_seeds(y, 'pr_centered', a)}, of the weights "
+                                f"{over_seeds(y, 'pr_weight', a)}, largest scaled logit "
+                                f"{spread(y['logit'][a], 1)}, attention entropy "
+                                f"{spread(y['attn_entropy'][a], 3)} nats"
+                                for a in arms), "> - "),
+        "*Source: `*-seed*/log.jsonl`: `pr_*` and `attn_entropy_*` at the end, `max_logit_*` the largest "
+        "over layers and rows.*", logits(y, e),
+
+        "## 8. Limitations", limitations(S),
+
+        "## 9. Recommendations",
+        f"{TODO} practical advice, no wider than section 8 allows and resting on resolved contrasts alone. "
+        f"Numbers to use:\n>\n" + speeds(S),
+        "*Source: `chosen_lr.json`, `*-seed*/log.jsonl` (tokens/s: median over rows, on the machine of the "
+        "runs).*",
+
+        "## Appendix",
+        "### A. Every pair of arms", pairs_table(y, arms, top),
+        "### B. Spot checks (step 6)", spot_checks(S["runs"])]
+    return paragraphs(*blocks) + "\n"

@@ -1,8 +1,8 @@
-"""Test helper: synthetic studies with known results, in memory as study.py loads them or as the files that the scripts
-write. Only tests use it; no number of it comes from a model.
+"""Test helper: synthetic studies with known results, in memory as study.py loads them or as the files that
+the scripts write. Only tests use it; no number of it comes from a model.
 
-The last row of a main run carries its arm's value plus normal noise: a test sets the truth and the spread over seeds.
-"""
+The last row of a main run carries its arm's value plus normal noise: a test sets the truth and the spread
+over seeds. """
 import functools
 import json
 import math
@@ -25,7 +25,8 @@ LAYERED = ["pr", "pr_centered", "pr_pre_rope", "pr_weight", "attn_entropy", "max
 
 
 def geometric(pr, n, power):
-    """Singular values (n,) float32 1, q, q^2, ... with participation ratio `pr`: PR1 at power 1, PR2 at power 2."""
+    """Singular values (n,) float32 1, q, q^2, ... with participation ratio `pr`: PR1 at power 1, PR2 at power
+    2."""
     low, high = 0.0, 1.0 - 1e-12
     for _ in range(60):  # bisection on q^power; the ratio rises with q
         q = (low + high) / 2
@@ -61,8 +62,8 @@ def log_steps(config):
 
 
 def make_run(config, final, end="finished", rng=0):
-    """One run as study.load_run() gives it, but with dir None. final: {"loss", "pr", ...} of its last row. end:
-    'finished', 'diverged' or 'unfinished'; the latter two stop at 60 % of the steps."""
+    """One run as study.load_run() gives it, but with dir None. final: {"loss", "pr", ...} of its last row.
+    end: 'finished', 'diverged' or 'unfinished'; the latter two stop at 60 % of the steps."""
     rng = np.random.default_rng(rng)
     steps, ckpts = log_steps(config)
     n, layers = steps[-1], config["n_layer"]
@@ -102,15 +103,14 @@ def make_run(config, final, end="finished", rng=0):
 
 def study(arms={}, seeds=(42, 137), n_layer=None, scale="mini", noise={}, diverged=(), unfinished=(), absent=(),
           unbracketed=(), sweep_seeds=(1,), rng=0):
-    """A whole study in memory: (main runs, sweep runs, chosen), as study.load_runs(d), load_runs(d, "sweep") and
-    chosen(d) give them, except that `dir` is the run's folder below the study's.
+    """A whole study in memory: (main runs, sweep runs, chosen), as study.load_runs(d), load_runs(d, "sweep")
+    and chosen(d) give them, except that `dir` is the run's folder below the study's.
 
-    arms: {arm: {"loss", "pr", "pr_centered", ...}} over TRUTH; an arm that is not in the 2x2 is added by naming it here.
-    noise: standard deviations over seeds, over NOISE; a value may be {arm: number}. diverged, unfinished, absent: run
-    names such as 'muon-seed42' or 'adamw-lr0.001', or an arm's name for all of its main runs. unbracketed: arms whose
-    best learning rate lies beyond the grid. With several sweep_seeds sweep runs have the noise too. rng: a seed or a
-    numpy Generator.
-    """
+    arms: {arm: {"loss", "pr", "pr_centered", ...}} over TRUTH; an arm that is not in the 2x2 is added by
+    naming it here. noise: standard deviations over seeds, over NOISE; a value may be {arm: number}. diverged,
+    unfinished, absent: run names such as 'muon-seed42' or 'adamw-lr0.001', or an arm's name for all of its
+    main runs. unbracketed: arms whose best learning rate lies beyond the grid. With several sweep_seeds sweep
+    runs have the noise too. rng: a seed or a numpy Generator."""
     rng = np.random.default_rng(rng)
     sd = {**NOISE, **noise}
     main, sweep, chosen = [], [], {}
@@ -158,9 +158,9 @@ def study(arms={}, seeds=(42, 137), n_layer=None, scale="mini", noise={}, diverg
 
 
 def neighbours(main, seed, change={}, diverged=()):
-    """Runs of the stage `neighbours` beside the main runs of a seed: at half and at twice the rate. change: {arm: (what
-    is added to the loss at half the rate, at twice)}; mean PR falls by a twentieth from rate to rate. diverged: run
-    names such as 'muon-lr0.032'."""
+    """Runs of the stage `neighbours` beside the main runs of a seed: at half and at twice the rate. change:
+    {arm: (what is added to the loss at half the rate, at twice)}; mean PR falls by a twentieth from rate to
+    rate. diverged: run names such as 'muon-lr0.032'."""
     runs = []
     for r in (r for r in main if r["config"]["seed"] == seed and r["status"] == "finished"):
         c, last = r["config"], r["rows"][-1]
@@ -175,9 +175,9 @@ def neighbours(main, seed, change={}, diverged=()):
 
 
 def make_study(study_dir, spectra=True, beside=None, **kw):
-    """Write study(**kw) under study_dir as the scripts do: config.json, log.jsonl and, with spectra, sv_*.npy of each
-    run, and chosen_lr.json. No checkpoints. beside: arguments of neighbours() as a dict, {} for its defaults; without it
-    that stage was not run. Returns study_dir as a Path."""
+    """Write study(**kw) under study_dir as the scripts do: config.json, log.jsonl and, with spectra, sv_*.npy
+    of each run, and chosen_lr.json. No checkpoints. beside: arguments of neighbours() as a dict, {} for its
+    defaults; without it that stage was not run. Returns study_dir as a Path."""
     study_dir = Path(study_dir)
     main, sweep, chosen = study(**kw)
     near = [] if beside is None else neighbours(main, kw.get("seeds", (42, 137))[0], **beside)
