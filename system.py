@@ -9,6 +9,7 @@ import resource
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -155,14 +156,15 @@ def peak_memory(device):
 
 # ---- signals
 def catch_signals():
-    """A list that gets the number of the first SIGTERM, SIGINT or SIGHUP; the second
-    ends the process at once."""
-    caught = []
+    """A list that gets the number of the first SIGTERM, SIGINT or SIGHUP; one more ends the process at once, if it comes
+    a second later: a scheduler may send its own beside the one that study.py passes on."""
+    caught, at = [], []
 
     def on_signal(number, frame):
-        if caught:
+        if caught and time.monotonic() - at[0] > 1:
             os._exit(128 + number)
         caught.append(number)
+        at.append(time.monotonic())
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it

@@ -320,7 +320,7 @@ token_steps = {max_tokens * i // n_ckpt // batch_tokens for i in range(1, n_ckpt
 probe_idx = torch.from_numpy(probe_data.astype(np.int64)).view(-1, block_size).to(device)
 explode = 2 * math.log(vocab_size)  # twice the loss of guessing: no healthy run comes near
 signals = system.catch_signals()  # the first saves and leaves, the second leaves at once
-start = last_save = time.time()
+start = last_save = noted = time.time()
 with system.errors_in_one_line(f"cannot write into {out_dir}", "mend that and run the same command again to go on"):
     step, skip, resumed = restore()
     looked = step if resumed else -1  # the last step with a row in the log
@@ -412,6 +412,11 @@ with system.errors_in_one_line(f"cannot write into {out_dir}", "mend that and ru
                 f"command again to go on")
             sys.exit(128 + stop)
 
+        if master and time.time() - noted > 5:  # for whoever watches a study; rows of the log are far apart
+            noted = time.time()
+            speed = (step - since) * batch_tokens / (time.perf_counter() - clock)
+            system.write_text(out_dir / "progress.json", json.dumps(dict(step=step, tokens_per_s=speed or None)))
+
         # -- one step of training: nothing in it reads from the device
         lr = lr_at(step)
         for o in optimizers:
@@ -442,7 +447,8 @@ with system.errors_in_one_line(f"cannot write into {out_dir}", "mend that and ru
 
     # ---- the end, as `key: value` lines
     bar.close()
-    (out_dir / "ckpt_rolling.pt").unlink(missing_ok=True)
+    for name in ("ckpt_rolling.pt", "progress.json"):
+        (out_dir / name).unlink(missing_ok=True)
     if master and (final := study.load_run(out_dir))["status"] == "finished":
         steps, train_seconds = np.sum(intervals or [(0, math.nan)], axis=0)
         speed, peak = steps * batch_tokens / train_seconds, system.peak_flops(device)
