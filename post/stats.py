@@ -42,7 +42,7 @@ PAIRS = list(itertools.combinations(FACTORIAL, 2))
 LOSS_MARGIN = 0.02  # nats a token, 2 % of perplexity: a lead below it is a tie
 PR_MARGIN = 0.05  # of the head dim: a 95 % half-width above it is noise
 COLLAPSE = 0.75  # 'collapsed': at most this share of the highest arm's mean PR
-CAUTION = 1.25  # with it ALPHA holds in every pattern of noise and effects that was simulated: docs/power.md
+CAUTION = 1.25  # with it ALPHA holds, within Monte Carlo error, in all patterns tried: docs/power.md
 SCENARIOS = {  # the plan's step 10; the first of A, C, B, D whose conditions all hold, else none of them
     "A": ["Muon has the lowest loss, its lead over the runner-up resolved",
           f"that lead is not shown to be under {LOSS_MARGIN} nats",
@@ -50,14 +50,14 @@ SCENARIOS = {  # the plan's step 10; the first of A, C, B, D whose conditions al
           "definition"],
     "B": ["Muon has the highest mean PR, its lead over the runner-up resolved, and is first under every "
           "definition",
-          f"a lead of Muon on loss of {LOSS_MARGIN} nats or more over every other arm is excluded: it ties or "
-          "loses"],
+          f"a lead of Muon on loss of {LOSS_MARGIN} nats or more over every other arm is excluded: it ties "
+          "or loses"],
     "C": ["AdamW + QK-Norm has the lowest loss, its lead over the runner-up resolved",
           "a resolved PR contrast goes against it: higher under Muon, or lower with QK-Norm",
           f"its mean PR is at most {COLLAPSE} of the highest arm's"],
     "D": ["on loss or on PR no contrast is resolved while the 95 % half-width of a difference of two arms "
-          f"exceeds the margin ({LOSS_MARGIN} nats, {100 * PR_MARGIN:g} % of the head dim); or an arm diverges in "
-          "some seeds and finishes in others"]}
+          f"exceeds the margin ({LOSS_MARGIN} nats, {100 * PR_MARGIN:g} % of the head dim); or an arm diverges "
+          "in some seeds and finishes in others"]}
 PR_NAMES = ["pr", "pr_centered", "pr_weight"]  # a PR claim has to hold in sign under all of them
 
 
@@ -80,8 +80,9 @@ def combine(m, weights):
 
 
 def estimate(y_m, weights):
-    """A weighted sum of arm means of y_m {arm: (n,)}, n >= 2, with weights {arm: weight}: its effect, standard
-    error, degrees of freedom, 95 % half-width and two-sided p-value. Where no arm varies, half is inf, p is 1."""
+    """A weighted sum of arm means of y_m {arm: (n,)}, n >= 2, with weights {arm: weight}: its effect,
+    standard error, degrees of freedom, 95 % half-width and two-sided p-value. Where no arm varies, half is
+    inf, p is 1."""
     return combine({a: moments(y_m[a]) for a in weights}, weights)
 
 
@@ -91,15 +92,16 @@ def pair(y_m, a, b):
 
 
 def detectable(e, n, power=0.8):
-    """The true effect, in e's unit, that a study of n seeds with the standard error and degrees of freedom of e, an
-    estimate(), claims with probability `power` in the first of the steps: by the noncentral t distribution."""
+    """The true effect, in e's unit, that a study of n seeds with the standard error and degrees of freedom
+    of e, an estimate(), claims with probability `power` in the first of the steps: by the noncentral t
+    distribution."""
     cutoff = -stdtrit(e["dof"], ALPHA * (n - CAUTION) / n / (len(MEASURES) * len(CONTRASTS)) / 2)
     return float(nctdtrinc(e["dof"], 1 - power, cutoff)) * e["se"]
 
 
 def seeds_needed(y_m, weights, target=0.01):
-    """Seeds at which the 95 % half-width of estimate(y_m, weights) is at most target, if the standard deviations
-    over seeds are those of y_m."""
+    """Seeds at which the 95 % half-width of estimate(y_m, weights) is at most target, if the standard
+    deviations over seeds are those of y_m."""
     parts = [w * w * moments(y_m[a])[1] * len(y_m[a]) for a, w in weights.items()]
     v = sum(parts)
     ratio = v * v / sum(q * q for q in parts) if v else 1
@@ -114,9 +116,10 @@ def spread(y_m):
 
 
 def seed_correlation(y_m):
-    """Are paired seeds worth anything? dict(mean: correlation over seeds, mean over pairs of arms (+-1 each with
-    two seeds, and so no news; nan where no two arms vary), pairs: {(a, b): (standard deviation of b - a over
-    seeds, sqrt(s_a^2 + s_b^2), which it is without pairing)}, helped: pairs whose first is the smaller)."""
+    """Are paired seeds worth anything? dict(mean: correlation over seeds, mean over pairs of arms (+-1 each
+    with two seeds, and so no news; nan where no two arms vary), pairs: {(a, b): (standard deviation of b -
+    a over seeds, sqrt(s_a^2 + s_b^2), which it is without pairing)}, helped: pairs whose first is the
+    smaller)."""
     s, pairs, r = spread(y_m), {}, []
     for a, b in itertools.combinations(y_m, 2):
         d = np.subtract(y_m[b], y_m[a])
@@ -128,9 +131,9 @@ def seed_correlation(y_m):
 
 
 def rate_range(values, weights):
-    """(lowest, highest) of a weighted sum over arms when each arm may have any of its values {arm: [at half the
-    chosen rate, at it, at twice]}. A loss is inf where the rate diverged; a nan, a PR that does not exist, may be
-    anything."""
+    """(lowest, highest) of a weighted sum over arms when each arm may have any of its values {arm: [at half
+    the chosen rate, at it, at twice]}. A loss is inf where the rate diverged; a nan, a PR that does not
+    exist, may be anything."""
     ends = [sorted((w * min(values[a]), w * max(values[a]))) for a, w in weights.items()]
     low, high = sum(a for a, _ in ends), sum(b for _, b in ends)
     if any(map(math.isnan, (low, high, *(v for a in weights for v in values[a])))):
@@ -145,8 +148,9 @@ def sign_holds(values, weights):
 
 
 def decide(p_contrast, p_best, p_tie):
-    """Step-down decisions. p_contrast: {measure: {contrast: p}}, p_best: {measure: p}, p_tie: p, for 'loss' and
-    'pr'. Returns adjusted p-values {(measure, name): p}, name a contrast, 'best' or 'tie'; claimed where <= ALPHA."""
+    """Step-down decisions. p_contrast: {measure: {contrast: p}}, p_best: {measure: p}, p_tie: p, for 'loss'
+    and 'pr'. Returns adjusted p-values {(measure, name): p}, name a contrast, 'best' or 'tie'; claimed
+    where <= ALPHA."""
     waiting = {(m, c): p for m in p_contrast for c, p in p_contrast[m].items()}
     waiting |= {(m, "best"): p for m, p in p_best.items()} | {("loss", "tie"): p_tie}
     resolved, adjusted, floor = {m: 0 for m in p_contrast}, {}, 0.0
@@ -166,14 +170,16 @@ def decide(p_contrast, p_best, p_tie):
 
 
 def analyse(y):
-    """Everything that verdict() and the report take from y: {(measure, name): estimate() with p_adjusted, claimed
-    and holds (a claim, and for PR of the same sign under every definition)}, name a contrast or 'best'. 'best' has
-    its arm, the runner-up as second, the lead over it as effect and half, and as against the arm with the largest
-    p-value, which is its p. ("loss", "tie"): is a lead of Muon of LOSS_MARGIN or more over every other excluded?"""
+    """Everything that verdict() and the report take from y: {(measure, name): estimate() with p_adjusted,
+    claimed and holds (a claim, and for PR of the same sign under every definition)}, name a contrast or
+    'best'. 'best' has its arm, the runner-up as second, the lead over it as effect and half, and as against
+    the arm with the largest p-value, which is its p. ("loss", "tie"): is a lead of Muon of LOSS_MARGIN or
+    more over every other excluded?"""
     stat = {m: {a: moments(y[m][a]) for a in FACTORIAL} for m in MEASURES}
     out = {(m, c): combine(stat[m], w) for m in MEASURES for c, w in CONTRASTS.items()}
     muon = [combine(stat["loss"], {"muon": 1, a: -1}) for a in FACTORIAL if a != "muon"]  # to show: > -margin
-    bounds = [float(stdtr(d["dof"], -(d["effect"] + LOSS_MARGIN) / d["se"])) if d["se"] else 1.0 for d in muon]
+    bounds = [float(stdtr(d["dof"], -(d["effect"] + LOSS_MARGIN) / d["se"])) if d["se"] else 1.0
+              for d in muon]
     tie = min(1.0, len(bounds) * min(bounds))  # any one of three would do, hence times three
     for m, sign in ("loss", 1), ("pr", -1):
         arm, *others = sorted(FACTORIAL, key=lambda a: sign * stat[m][a][0])
@@ -193,7 +199,8 @@ def analyse(y):
         if e["claimed"] and m == "pr":
             means = [{a: np.mean(y[d][a]) for a in FACTORIAL} for d in PR_NAMES]
             e["holds"] = (all(max(v, key=v.get) == e["arm"] for v in means) if name == "best" else
-                          all(sum(w * v[a] for a, w in CONTRASTS[name].items()) * e["effect"] > 0 for v in means))
+                          all(sum(w * v[a] for a, w in CONTRASTS[name].items()) * e["effect"] > 0
+                              for v in means))
     return out
 
 
@@ -203,10 +210,10 @@ def decision(e):
 
 
 def verdict(y, diverged=None, head_dim=64):
-    """The plan's step 10, from analyse(y) alone: (outcome, conditions, analysis). outcome: A, B, C, D, 'none' (of
-    the four) or 'no verdict'. conditions: [(scenario, what it needs, whether it is met, the numbers)]. diverged:
-    {arm: number of seeds} of runs whose loss is infinite; analysis is {} where no finite contrast exists. head_dim:
-    what PR is out of."""
+    """The plan's step 10, from analyse(y) alone: (outcome, conditions, analysis). outcome: A, B, C, D,
+    'none' (of the four) or 'no verdict'. conditions: [(scenario, what it needs, whether it is met, the
+    numbers)]. diverged: {arm: number of seeds} of runs whose loss is infinite; analysis is {} where no
+    finite contrast exists. head_dim: what PR is out of."""
     n = len(y["loss"]["muon"])
     if n < 2:
         return "no verdict", [("any", "two seeds or more", False,
@@ -221,8 +228,9 @@ def verdict(y, diverged=None, head_dim=64):
             ("D", "an arm diverges in some seeds and finishes in others", part, facts)], {}
     if same := [LABELS[a] for a in FACTORIAL if not all(moments(y[m][a])[1] for m in MEASURES)]:
         return "no verdict", [("any", "seeds that differ", False,
-                               f"{', '.join(same)}: the runs of different seeds agree to the last digit, so they "
-                               "are not independent: check that the seed reaches initialisation and data order")], {}
+                               f"{', '.join(same)}: the runs of different seeds agree to the last digit, so "
+                               "they are not independent: check that the seed reaches initialisation and data "
+                               "order")], {}
     e = analyse(y)
     stat = {m: {a: moments(y[m][a]) for a in FACTORIAL} for m in MEASURES}
 
@@ -250,21 +258,22 @@ def verdict(y, diverged=None, head_dim=64):
             (share <= COLLAPSE, f"share {share:.3f}")],
         "D": [(noisy, f"widest half-width loss {widest['loss']:.3g} nats against {margin['loss']}, "
                       f"pr {widest['pr']:.3g} against {margin['pr']:g} of {head_dim}")]}
-    conditions = [(s, text, *fact) for s in SCENARIOS for text, fact in zip(SCENARIOS[s], facts[s], strict=True)]
+    conditions = [(s, text, *fact)
+                  for s in SCENARIOS for text, fact in zip(SCENARIOS[s], facts[s], strict=True)]
     met = {s: all(ok for scenario, _, ok, _ in conditions if scenario == s) for s in SCENARIOS}
-    return next((s for s in "ACBD" if met[s]), "none"), conditions, e  # C before B: it says more where both hold
+    return next((s for s in "ACBD" if met[s]), "none"), conditions, e  # C before B: it says more
 
 
 def logit_control(largest):
-    """Whether the logits bear out scenario A's wording, from largest {arm: (n,)}, the largest scaled logit of each run
-    over layers and logged steps: in every seed Muon without QK-Norm stays below AdamW without QK-Norm and below
-    LOGIT_FLAG. False where one was not measured."""
+    """Whether the logits bear out scenario A's wording, from largest {arm: (n,)}, the largest scaled logit
+    of each run over layers and logged steps: in every seed Muon without QK-Norm stays below AdamW without
+    QK-Norm and below LOGIT_FLAG. False where one was not measured."""
     return bool(np.all(np.less(largest["muon"], np.minimum(largest["adamw"], LOGIT_FLAG))))
 
 
 def quadratic_fit(lrs, losses):
-    """(lr, loss) at the minimum of the parabola through the best three points in log LR; None where fewer than
-    three are finite or the parabola has no minimum."""
+    """(lr, loss) at the minimum of the parabola through the best three points in log LR; None where fewer
+    than three are finite or the parabola has no minimum."""
     points = sorted((loss, lr) for lr, loss in zip(lrs, losses) if loss is not None and np.isfinite(loss))[:3]
     if len(points) < 3:
         return None
