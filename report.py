@@ -7,9 +7,9 @@
 
 An edited report.md is never written over: the new draft goes to report.new.md beside it, and report.html
 shows the edited one. """
-import ast
 import base64
 import hashlib
+import inspect
 import json
 import re
 import sys
@@ -20,8 +20,9 @@ import numpy as np
 import torch
 
 import model
+import muon
 import study
-from configurator import ROOT, assignments, fail, find, resolve
+from configurator import ROOT, assignments, fail, find
 from post import review, stats
 from post import text as post
 from post.text import FIGURES, PR_DEFINITIONS, join, last
@@ -54,32 +55,29 @@ def evaluated(path):
 def registered(path):
     """preregistered.json, {} where there is none."""
     old = read_json(path, {})
-    if old and not {"written", "seeds", "main_runs_begun"} <= old.keys() or path.exists() and not old:
+    if path.exists() and not {"written", "seeds", "main_runs_begun"} <= old.keys():
         raise ValueError(f"{path} holds no registration: restore it, or delete it and say so in the post")
     return old
 
 
 def beside(S):
-    """(near, absent): near {arm: {lr, loss, pr: values at half, once and twice the rate of its main runs,
-    seed}} of the arms that have all three, and lines on what the stage `neighbours` lacks where it was
-    begun."""
+    """(near, absent): near {arm: {lr, loss, pr: values at half, once and twice the rate of its main run}} of
+    the arms that have all three, and lines on what the stage `neighbours` lacks where it was begun."""
+    near, absent = {}, []
     seed = S["neighbours"][0]["config"]["seed"] if S["neighbours"] else None
     have = {(r["config"]["arm"], r["config"]["learning_rate"]): r for r in S["neighbours"]
             if r["config"]["seed"] == seed}
-    near, absent = {}, []
-    for arm in S["arms"] if have else []:
+    for arm in S["arms"]:
         main = S["cell"].get((arm, seed))
-        lr = main["config"]["learning_rate"] if main else S["picks"].get(arm, {}).get("lr")
-        if lr is None:  # named as missing already
+        if not main or main["status"] == "unfinished":  # named as missing already
             continue
+        lr = main["config"]["learning_rate"]
         low, high = study.neighbour_lrs(lr)
-        runs = [have.get((arm, low)), main, have.get((arm, high))]
-        late = [study.run_name("neighbours", arm, x, seed) for x, r in ((low, runs[0]), (high, runs[2]))
-                if not r or r["status"] == "unfinished"]
-        absent += [f"neighbours run {name}" for name in late]
-        if not late and main and main["status"] != "unfinished":
-            near[arm] = dict(lr=[low, lr, high], seed=seed, loss=[last(r, "loss") for r in runs],
-                             pr=[last(r, "pr") for r in runs])
+        runs = {low: have.get((arm, low)), lr: main, high: have.get((arm, high))}
+        late = [x for x, r in runs.items() if not r or r["status"] == "unfinished"]
+        absent += [f"neighbours run {study.run_name('neighbours', arm, x, seed)}" for x in late]
+        if not late:
+            near[arm] = dict(lr=[*runs], **{m: [last(r, m) for r in runs.values()] for m in post.MEASURES})
     return near, absent
 
 
@@ -89,7 +87,6 @@ def load(study_dir):
     d, left_out = Path(study_dir), []
     runs, sweep, near = (study.load_runs(d, kind, left_out.append) for kind in study.KINDS)
     S = dict(dir=d, runs=runs, sweep=sweep, neighbours=near, picks=study.chosen(d),
-             transfer=any(d.glob("transfer/*")),
              results=evaluated(d / "results.json"), registered=registered(d / "preregistered.json"),
              left_out=[line.removeprefix(f"{d}/") for line in left_out])
     if not runs and not sweep:
@@ -99,12 +96,11 @@ def load(study_dir):
     S["seeds"] = sorted({*planned, *(r["config"]["seed"] for r in runs)}, key=lambda s: (s not in planned, s))
     S["config"] = (runs or sweep)[0]["config"]
     S["scale"] = S["config"]["scale"]
-    have = {r["config"]["arm"] for r in runs + sweep}
-    due = {*have, *study.ARMS, *S["registered"].get("arms", []), *FACTORIAL}
+    due = {*study.arms_of(runs, sweep), *S["registered"].get("arms", []), *FACTORIAL}
     S["arms"] = [a for a in LABELS if a in due]
     S["cell"] = {(r["config"]["arm"], r["config"]["seed"]): r for r in runs}
     of = {r["config"]["arm"]: r["config"] for r in sweep + runs}
-    keys = lambda a: {k: v for k, v, *_ in assignments(ROOT / f"config/{a}.py")}  # of an arm that no run is of
+    keys = lambda a: {k: v for k, v, *_ in assignments(ROOT / f"config/{a}.py")}  # of an arm without runs
     S["configs"] = {a: of.get(a) or S["config"] | keys(a) for a in S["arms"]}
     S["y"] = measure(runs, S["seeds"], S["arms"])
     S["diverged"] = {a: k for a in FACTORIAL if (k := int(np.isinf(S["y"]["loss"][a]).sum()))}
@@ -119,9 +115,7 @@ def load(study_dir):
         S["verdict"] = stats.verdict(S["y"], S["diverged"], head_dim=study.head_dim(S["config"]))
     S["rates"] = post.rate_states(S["near"], S["verdict"][2])
     S["title"], S["registration"] = post.title(S), registration_state(S)
-    lrs = "; ".join(f"{LABELS[a]} {S['picks'][a]['lr']:g}" for a in S["arms"] if a in S["picks"])
-    S["experiment_config"] = experiment_config(S["config"], S["configs"], runs[0]["dir"] if runs else None,
-                                               f"chosen: {lrs}" if lrs else None)
+    S["experiment_config"] = experiment_config(S["config"], S["configs"], runs)
     return S
 
 
@@ -130,12 +124,13 @@ def missing(S):
     there is no verdict, and of other arms."""
     key = lambda c: (c["arm"], c["learning_rate"], c["seed"])
     swept = {key(r["config"]): r["status"] for r in S["sweep"]}
-    out = [], []
+    ran, out = sorted({seed for _, _, seed in swept}), ([], [])
     for a in S["arms"]:
         lines = out[a not in FACTORIAL]
         rates = study.grid(S["scale"], a) if a in SCALES.get(S["scale"], {}).get("grids", {}) else []
-        for lr in sorted({*rates, *(v for b, v, _ in swept if a == b)}):
-            for seed in sweep_seeds(S, a):
+        seeds = S["picks"].get(a, {}).get("seeds") or S["registered"].get("sweep_seeds") or ran
+        for lr in sorted({*rates, *(lr for b, lr, _ in swept if a == b)}):
+            for seed in seeds or [study.FIRST_SWEEP_SEED]:
                 if (status := swept.get((a, lr, seed), "not started")) in ("not started", "unfinished"):
                     lines.append(f"sweep run {study.run_name('sweep', a, lr, seed)}: {status}")
         lines += [f"{a}: no learning rate chosen"] * (a not in S["picks"])
@@ -146,14 +141,6 @@ def missing(S):
             elif status == "finished" and f"{a}-seed{s}" not in S["results"]:
                 lines.append(f"evaluation of {a}-seed{s} (results.json)")
     return out
-
-
-def sweep_seeds(S, arm):
-    """Seeds that an arm's sweep has or should have: of its choice, else as registered, else of its runs."""
-    old = S["registered"]
-    seeds = S["picks"].get(arm, {}).get("seeds") or old.get("sweep_seeds")
-    seeds = seeds or [old[k] for k in ("sweep_seed",) if k in old]
-    return seeds or sorted({r["config"]["seed"] for r in S["sweep"]}) or [study.FIRST_SWEEP_SEED]
 
 
 # ---- registration
@@ -206,32 +193,29 @@ def registration_state(S):
     if not old:
         return ("Nothing was registered: `preregistered.json` is not there, so the contrasts may have been "
                 "chosen with the results in reach.")
-    arms = [a for a in old.get("arms", FACTORIAL) if a in LABELS]
-    known = S["scale"] in SCALES and all(a in SCALES[S["scale"]]["grids"] for a in arms)
-    now = registration(S["scale"], arms, old["seeds"], old.get("sweep_seeds")) if known else {}
-    now = json.loads(json.dumps(now))
-    files, then = now.pop("sha256", {}), old.get("sha256", {"post/stats.py": old.get("stats_sha256")})
-    begun = old["main_runs_begun"]
-    new = [k.replace("_", " ") for k in now if k not in old]
-    changed = [k.replace("_", " ") for k in now if k in old and old[k] != now[k]]
-    edited = [f"`{f}`" for f, digest in then.items() if files.get(f) != digest]
-    ran = sorted({r["config"]["seed"] for r in S["sweep"]})
-    due = old.get("sweep_seeds", [old["sweep_seed"]] if "sweep_seed" in old else ran)
-    extra = [LABELS[a] for a in S["arms"] if a not in arms]
+    begun, arms = old["main_runs_begun"], old.get("arms", FACTORIAL)
     words = [f"`preregistered.json` was written {old['written']}, " +
-             (f"after {len(begun)} main runs had begun." if begun else "before the first main run."),
-             f"Since then changed: {join(changed)}." if changed else
-             "Contrasts, thresholds, seeds, grids and the definitions of PR are unchanged." if known else
-             f"The scale {S['scale']} is no more in study.py, so what changed since is not known."]
-    words += [f"Not in it, because it was written by an older version: {join(new)}."] * bool(new)
-    words += [f"Not the registered file, to the byte: {join(edited)}."] * bool(edited and known)
-    words += [f"Arms that were not registered: {join(extra, '; ')}."] * bool(extra)
-    if ran and ran != sorted(due):
+             (f"after {len(begun)} main runs had begun." if begun else "before the first main run.")]
+    if S["scale"] in SCALES:
+        known = [a for a in arms if a in SCALES[S["scale"]]["grids"]]
+        now = registration(S["scale"], known, old["seeds"], old.get("sweep_seeds"))
+        then, files = old.get("sha256", {}), now.pop("sha256")
+        changed = [k.replace("_", " ") for k in now if old.get(k) != now[k]]
+        edited = [f"`{f}`" for f in then | files if then.get(f) != files.get(f)]
+        words.append(f"Since then changed: {join(changed)}." if changed else
+                     "Contrasts, thresholds, seeds, grids and the definitions of PR are unchanged.")
+        words += [f"Not the registered file, to the byte: {join(edited)}."] * bool(edited)
+    else:
+        words.append(f"The scale {S['scale']} is no more in study.py, so what changed since is not known.")
+    if extra := [LABELS[a] for a in S["arms"] if a not in arms]:
+        words.append(f"Arms that were not registered: {join(extra, '; ')}.")
+    ran = sorted({r["config"]["seed"] for r in S["sweep"]})
+    if ran and ran != sorted(due := old.get("sweep_seeds", ran)):
         words.append(f"Registered seeds of the sweep: {join(due)}; of its runs: {join(ran)}.")
     if set(S["seeds"]) != set(old["seeds"]):
         words.append(f"Registered seeds: {join(old['seeds'])}; seeds in this report: {join(S['seeds'])}. "
                      f"Seeds added after a first look make the intervals too narrow.")
-    return " ".join(words)
+    return join(words, " ")
 
 
 # ---- experiment_config.md
@@ -252,124 +236,94 @@ def qk_norm_placement():
                  torch.allclose(b, k, atol=1e-5)), "not a known one: see Attention.qkv")
 
 
-def experiment_config(c, configs, run_dir=None, learning_rates=None):
-    """experiment_config.md, every field of step 1, from config keys c, the arms' configs {arm: keys}, and the
-    source: the run's own snapshot where run_dir has one."""
-    def source(name):
-        snapshot = run_dir and run_dir / "source" / name
-        return (snapshot if snapshot and snapshot.exists() else ROOT / name).read_text(encoding="utf-8")
-
-    def constant(name, pattern):
-        found = re.search(pattern, source(name), re.M)
-        return found[1] if found else f"(see {name})"
-
-    def definition(text, name):
-        return next((node for node in ast.parse(text).body if getattr(node, "name", "") == name), None)
-
+def experiment_config(c, configs, runs=()):
+    """experiment_config.md, every field of step 1, from config keys c, the arms' configs {arm: keys} and the
+    code at hand, with a sentence where that is not the code of the runs."""
+    code = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("model.py", "train.py", "muon.py")}
     steps, data, top = c["max_tokens"] // c["batch_tokens"], c.get("data") or {}, study.head_dim(c)
-    gains, arms = 2 * c["n_layer"] * top, list(configs)
+    gains = 2 * c["n_layer"] * top
     with torch.device("meta"):
         params = model.GPT(model.gpt_config(dict(c, qk_norm=False))).num_params()
-    if "num_params" in c:
-        params = c["num_params"] - gains * (c["qk_norm"] and c["qk_gain"])
-    lr_at = definition(source("train.py"), "lr_at")
-    schedule = (ast.get_docstring(lr_at) if lr_at else None) or "not said: see train.py."
-    schedule = " ".join(schedule.split()).split(". ")[0].rstrip(".").removeprefix("Learning rate of a step: ")
+    said = re.search(r'^def lr_at\(.*\n    """([^."]*)', code["train.py"], re.M)  # its first sentence
     valued = lambda m: f"{m[0]} ({c[m[0]]:g})" if isinstance(c.get(m[0]), float) else m[0]
-    schedule = re.sub(r"\w+", valued, schedule)
-    now, then = ((ROOT / "model.py").read_text(encoding="utf-8"), source("model.py"))
-    same = len({ast.dump(definition(text, "Attention") or ast.Pass()) for text in (now, then)}) == 1
-    betas = f"betas {c['beta1']:g}, {c['beta2']:g}"
-    how = {"adamw": f"AdamW ({betas}) on everything",
-           "muon": f"Muon (momentum {constant('muon.py', r'momentum=([0-9.]+)')}, Nesterov, "
-                   f"{constant('muon.py', r'^NS_STEPS = ([0-9]+)')} Newton-Schulz steps, update times "
-                   + constant("muon.py", r'alpha=-group\["lr"\] \* (.*?)\)$') + ") on hidden matrices and "
-                                                                                "AdamW on the rest"}
-    scaled = c["embed_lr_scale"] != 1
-    used = list(dict.fromkeys(configs[a]["optimizer"] for a in arms))
-    frozen = [LABELS[a] for a in arms if configs[a]["qk_norm"] and not configs[a]["qk_gain"]]
+    schedule = re.sub(r"\w+", valued, " ".join(said[1].split())) if said else "see lr_at in train.py"
+    momentum = inspect.signature(muon.Muon).parameters["momentum"].default
+    times = re.search(r'alpha=-group\["lr"\] \* (.*)\)', code["muon.py"])
+    how = {"adamw": f"AdamW (betas {c['beta1']:g}, {c['beta2']:g}) on everything",
+           "muon": f"Muon (momentum {momentum:g}, Nesterov, {muon.NS_STEPS} Newton-Schulz steps, update "
+                   f"times {times[1] if times else 'see muon.py'}) on hidden matrices and AdamW on the rest"}
+    optimizers = dict.fromkeys(keys["optimizer"] for keys in configs.values())
+    frozen = [LABELS[a] for a, keys in configs.items() if keys["qk_norm"] and not keys["qk_gain"]]
     fields = {
-        "Model": f"LLaMA-style decoder: RMSNorm (eps {constant('model.py', r'^NORM_EPS = ([0-9.e-]+)')}), "
-                 f"RoPE (theta "
-                 f"{constant('model.py', r'^ROPE_THETA = ([0-9_]+)(?:[.]0)?(?![.e0-9])').replace('_', ',')}, "
-                 "half-split), SwiGLU, tied embeddings, no biases, no dropout",
+        "Model": f"LLaMA-style decoder: RMSNorm (eps {model.NORM_EPS:g}), RoPE (theta "
+                 f"{model.ROPE_THETA:,.0f}, half-split), SwiGLU, tied embeddings, no biases, no dropout",
         "Parameters": f"{params:,} ({gains:,} more with QK-Norm)",
         "Layers": c["n_layer"], "Heads": c["n_head"], "Head dim": top,
         "Model width": c["n_embd"], "FFN width": c["ffn_dim"], "Vocab size": f"{c['vocab_size']:,}",
         "Context length": c["block_size"],
-        "Dataset": data.get("source") or data.get("name") or DATA.get(c["data_dir"], c["data_dir"]),
+        "Dataset": data.get("source") or DATA.get(c["data_dir"], c["data_dir"]),
         "Tokenizer": TOKENIZERS.get(c["vocab_size"]) or data.get("tokenizer") or f"{c['vocab_size']:,} ids",
         "QK-Norm type": "RMSNorm per head over the head dim, one learnable gain for q and one for k, shared "
                         "by the heads" + f"; gains frozen at one in {join(frozen, ' and ')}" * bool(frozen),
-        "QK-Norm placement": qk_norm_placement() if same else
-        f"{qk_norm_placement()} in model.py of today; the runs' own, source/model.py, has another Attention",
+        "QK-Norm placement": qk_norm_placement(),
         "Weight decay": f"{c['weight_decay']:g}, decoupled, on hidden matrices only",
         "Batch size": f"{c['batch_tokens']:,} tokens ({c['batch_tokens'] // c['block_size']} sequences)",
         "Warmup steps": f"{round(c['warmup_frac'] * steps)} of {steps:,} (linear, {c['warmup_frac']:.0%} of "
                         f"each run's own budget)",
         "LR schedule": schedule,
         "Gradient clipping": f"{c['grad_clip']:g}, global norm" if c["grad_clip"] else "none",
-        "Optimizers": f"{join((how.get(o, f'{o} (see train.py)') for o in used), '; or ')}; one learning "
-                      "rate for all groups"
-                      + f", times {c['embed_lr_scale']:g} for embeddings, norms and gains" * scaled,
+        "Optimizers": join((how.get(o, f"{o} (see train.py)") for o in optimizers), "; or ") +
+        "; one learning rate for all groups" +
+        f", times {c['embed_lr_scale']:g} for embeddings, norms and gains" * (c["embed_lr_scale"] != 1),
         "Training tokens": f"{c['max_tokens']:,} a main run ({c['max_tokens'] / params:.2g} a parameter)",
         "Validation tokens": f"{c['eval_tokens'] or data.get('val_tokens') or 5_000_000:,}, the same every "
                              f"time, never trained on",
         "Probe tokens": f"{c['probe_tokens'] // c['block_size'] * c['block_size']:,} of the validation set",
         "Precision": {"float32": "float32", "bfloat16": "bfloat16 autocast over float32 weights",
                       "auto": "bfloat16 autocast over float32 weights where the device multiplies bfloat16 "
-                              "in hardware, else float32"}[c["dtype"]],
-        "Learning rates": learning_rates or c["scale"] not in SCALES and "none chosen" or "grids " + "; ".join(
-            f"{LABELS[a]} {join(f'{x:g}' for x in study.grid(c['scale'], a))}" for a in arms)}
-    lines = [f"{k}: {v}" for k, v in fields.items()]
-    return "\n".join(["# Experiment configuration", "", "```", *lines, "```", ""])
+                              "in hardware, else float32"}[c["dtype"]]}
+    lines = ["# Experiment configuration", "", "```", *(f"{k}: {v}" for k, v in fields.items()), "```", ""]
+    snapshots = [(name, r["dir"] / "source" / name) for r in runs for name in code]
+    if differ := sorted({name for name, path in snapshots
+                         if path.exists() and path.read_text(encoding="utf-8") != code[name]}):
+        lines += [f"The code at hand, which this is read from, is not that of the runs: their `source/` has "
+                  f"another {join(differ, ' and ')}.", ""]
+    return join(lines, "\n")
 
 
 def scale_config(scale):
     """experiment_config.md of a scale as config/SCALE.py and train.py's defaults set it."""
     if scale not in SCALES:
         raise ValueError(f"scale {scale!r} is not known: choose one of {join(SCALES)}")
-    return experiment_config(resolve(ROOT / "train.py", [str(ROOT / f"config/{scale}.py")]),
-                             {a: study.scale_config(scale, a) for a in study.ARMS})
+    return experiment_config(study.scale_config(scale), {a: study.scale_config(scale, a) for a in study.ARMS})
 
 
 # ---- files
 CSS = """
-:root { --ink: #1b1f24; --soft: #57606a; --line: #d8dee4; --tint: #f6f8fa; color-scheme: light }
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 57rem; padding: 2rem 1.25rem 4rem; color: var(--ink); background: #fff;
-  font: 1.0625rem/1.6 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
-  overflow-wrap: break-word }
-h1 { font-size: 1.9rem; line-height: 1.25; margin: 0 0 1.25rem; text-wrap: balance }
-h2, h3 { font-size: 1.1rem; margin: 1.75rem 0 .5rem; break-after: avoid }
-h2 { font-size: 1.4rem; margin: 2.75rem 0 .75rem; padding-top: .75rem; border-top: 1px solid var(--line) }
-img { display: block; max-width: 100%; height: auto; margin: 1rem auto }
-p:has(> img) { margin: 0; break-after: avoid }
-p:has(> em:only-child) { font-size: .875rem; line-height: 1.45; color: var(--soft) }
-.scroll { overflow-x: auto; margin: 1rem 0 .25rem }
-table { border-collapse: collapse; font-size: .8125rem; line-height: 1.4; min-width: 100%;
-  font-variant-numeric: tabular-nums }
-th, td { padding: .4rem .5rem; border-bottom: 1px solid var(--line); vertical-align: top }
-th { border-bottom: 2px solid var(--ink); vertical-align: bottom; text-align: left }
-td[style*=right] { white-space: nowrap }
+body { margin: 0 auto; max-width: 57rem; padding: 2rem 1.25rem 4rem; color: #1b1f24; background: #fff;
+  font: 1.0625rem/1.6 system-ui, sans-serif; overflow-wrap: break-word; color-scheme: light }
+h1 { font-size: 1.9rem; line-height: 1.25 }
+h2 { margin: 2.75rem 0 .75rem; padding-top: .75rem; border-top: 1px solid #d8dee4 }
+h1, h2, h3 { break-after: avoid }
+img { display: block; max-width: 100%; margin: 1rem auto }
+p:has(> img) { break-after: avoid }
+p:has(> em:only-child) { font-size: .875rem; color: #57606a }
+table { display: block; overflow-x: auto; border-collapse: collapse; font-size: .8125rem; line-height: 1.4 }
+th, td { padding: .4rem .5rem; border-bottom: 1px solid #d8dee4; vertical-align: top; text-align: left }
+td[style*=right] { white-space: nowrap; font-variant-numeric: tabular-nums }
 td:first-child { min-width: 8.5rem }
 tr, blockquote { break-inside: avoid }
 blockquote { margin: 1rem 0; padding: .5rem 1rem; border-left: 4px solid #9a6700; background: #fff8e5 }
-pre { padding: .75rem 1rem; background: var(--tint); font-size: .8125rem; white-space: pre-wrap }
-code { font: .9em ui-monospace, Menlo, monospace; background: var(--tint); padding: .1em .25em }
-pre code { padding: 0; font-size: inherit }
-@media (max-width: 30rem) { body { padding: 1.25rem 1rem 3rem; font-size: 1rem } h1 { font-size: 1.5rem }
-  h2 { font-size: 1.25rem } td { min-width: 4.5rem } td:last-child { min-width: 7rem } }
-@media print { body { max-width: none; padding: 0; font-size: 10pt } .scroll { overflow: visible }
-  table { font-size: 6.5pt } p:has(> em:only-child) { font-size: 8pt } th, td { padding: .15rem .25rem }
-  td:first-child { min-width: 0 }
-  h2 { margin-top: 1.5rem } img { max-height: 11cm } @page { margin: 1.6cm } }
+pre { padding: .75rem 1rem; background: #f6f8fa; font-size: .8125rem; white-space: pre-wrap }
+@media (max-width: 30rem) { h1 { font-size: 1.5rem } td { min-width: 4.5rem } }
+@media print { @page { margin: 1.6cm } body { max-width: none; padding: 0; font-size: 10pt }
+  table { display: table; font-size: 6.5pt } th, td { padding: .15rem .25rem }
+  td:first-child { min-width: 0 } img { max-height: 11cm } }
 """
 
 
 def html(text, study_dir):
-    """One self-contained page of a Markdown post: figures become data URIs, wide tables scroll on their
-    own."""
+    """One self-contained page of a Markdown post: figures become data URIs."""
     import markdown
     body = markdown.markdown(text, extensions=["tables", "fenced_code", "sane_lists"])
 
@@ -380,7 +334,6 @@ def html(text, study_dir):
         return f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"'
 
     body = re.sub(r'src="(figures/[^"]+)"', inline, body)
-    body = body.replace("<table>", '<div class="scroll"><table>').replace("</table>", "</table></div>")
     heading = re.search(r"^# (.*)", text, re.M)
     return (f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" '
             f'content="width=device-width, initial-scale=1">\n'

@@ -1,5 +1,4 @@
-"""The plan's step 12 on an edited post: every line passes, fails with the place, or is a person's to
-judge."""
+"""The plan's step 12 on an edited post: a line passes, fails with the place, or is a person's to judge."""
 import re
 
 import numpy as np
@@ -8,8 +7,8 @@ from post import text as post
 from study import LABELS
 
 FORBIDDEN = r"\bprov(?:es|ed|en)\b"
-HEADLINE_WORDS = ["unnecessary", "harmful", "logit control", "collapse", "limited", "lowest", "highest", "best",
-                  "wins"]
+HEADLINE_WORDS = ["unnecessary", "harmful", "logit control", "collapse", "limited", "lowest", "highest",
+                  "best", "wins"]
 NUMBER = re.compile(r"(?<![\w.,/:=#])[+\-−]?(\d[\d,]*(?:\.\d+)?|\.\d+)(e[+\-]?\d+)?"  # not glued to a name
                     r"(?:\s?([MkB%])(?!\w))?(?![\w/]|-[A-Za-z])")
 
@@ -67,80 +66,65 @@ def unsupported(text, S):
     return bad
 
 
-def section(text, name):
-    """The text under the first heading that has name in it, up to the next of its level; '' where there is
-    none."""
-    m = re.search(rf"^(#+) [^\n]*{name}[^\n]*\n(.*?)(?=^#{{1,2}} |\Z)", text, re.M | re.S | re.I)
-    return m[2] if m else ""
-
-
-def places(text, pattern):
-    return [f"line {n}: {m[0]}" for n, line in enumerate(text.split("\n"), 1)
-            for m in re.finditer(pattern, line, re.I)]
+def tuned(S, text):
+    """What is wrong with the choice of the learning rates, as lines."""
+    bad = [f"{LABELS[a]}: no learning rate was chosen" for a in S["arms"] if a not in S["picks"]]
+    for a, p in S["picks"].items():
+        ended = sum(t["status"] != "unfinished" for t in p["tried"])
+        bad += [f"{LABELS.get(a, a)}: only {ended} learning rates ended"] * (ended < 3)
+        if not p["bracketed"] and not re.search("not bracketed", text, re.I):
+            bad.append(f"{LABELS.get(a, a)} is not bracketed and the post does not say so")
+    for r in S["runs"]:
+        lr, pick = r["config"]["learning_rate"], S["picks"].get(r["config"]["arm"])
+        if pick and not np.isclose(pick["lr"], lr):
+            bad.append(f"{r['dir'].name} ran at {lr:g}, not at the chosen {pick['lr']:g}")
+    return bad
 
 
 def check(path, S):
     """Print the self-review of the post at path against its study; the exit status, 0 where no line fails."""
-    text = path.read_text(encoding="utf-8")
-    c, n, lines = S["config"], len(S["seeds"]), []
+    text, c, lines = path.read_text(encoding="utf-8"), S["config"], []
 
     def say(what, bad, judge=None):
-        state = "FAIL" if bad else "PERSON" if judge else "pass"
-        lines.append((state, what, bad or [judge] * bool(judge)))
+        lines.append("FAIL" if bad else "PERSON" if judge else "pass")
+        print("\n       ".join([f"{lines[-1]:<7}{what}", *(bad or [judge] * bool(judge))]))
 
     say("Every number is in results, logs or tables",
         [f"line {line}: {number} is in no result, log or table" for line, number in unsupported(text, S)])
     say("Every claim is backed by a plot or number", [],
         "the numbers are checked above; whether the words go beyond them is yours to judge")
-    tuned = [f"{LABELS[a]}: no learning rate was chosen" for a in S["arms"] if a not in S["picks"]]
-    for a, p in S["picks"].items():
-        ended = sum(t["status"] != "unfinished" for t in p["tried"])
-        tuned += [f"{LABELS.get(a, a)}: only {ended} learning rates ended"] * (ended < 3)
-        if not p["bracketed"] and not re.search("not bracketed", text, re.I):
-            tuned.append(f"{LABELS.get(a, a)} is not bracketed and the post does not say so")
-    for r in S["runs"]:
-        lr, pick = r["config"]["learning_rate"], S["picks"].get(r["config"]["arm"])
-        if pick and not np.isclose(pick["lr"], lr):
-            tuned.append(f"{r['dir'].name} ran at {lr:g}, not at the chosen {pick['lr']:g}")
-    say("LR was tuned independently per config", tuned)
+    say("LR was tuned independently per config", tuned(S, text))
     shown = re.search(r"!\[[^\]]*\]\((figures/1_val_loss\.\w+)\)", text)
     say("Loss curves are shown", ["no image of figures/1_val_loss in the post"] if not shown else
-        [] if (path.parent / shown[1]).exists() else [f"{shown[1]} is not there: run `python plot.py "
-                                                      f"{path.parent}`"])
-    limits = section(text, "limitations")
-    facts = {"parameters": rf"{re.escape(post.count(c['num_params']))}",
-             "tokens": re.escape(post.count(c["max_tokens"])), "seeds": rf"\b{n} seed",
-             "one architecture": "architecture", "larger scale": "scale", "QK-Norm in production (Gemma "
-                                                                          "3)": "Gemma 3"}
+        [] if (path.parent / shown[1]).exists() else
+        [f"{shown[1]} is not there: run `python plot.py {path.parent}`"])
+    limits = re.search(r"^## [^\n]*limitations[^\n]*\n(.*?)(?=^## |\Z)", text, re.M | re.S | re.I)
+    facts = {"parameters": re.escape(post.count(c["num_params"])), "seeds": rf"\b{len(S['seeds'])} seed",
+             "tokens": re.escape(post.count(c["max_tokens"])), "one architecture": "architecture",
+             "larger scale": "scale", "QK-Norm in production (Gemma 3)": "Gemma 3"}
     say("Limitations are there", ["no section named Limitations"] if not limits else
         [f"limitations do not name: {name}" for name, pattern in facts.items()
-         if not re.search(pattern, limits, re.I)] +
-        places(text, r"Gemma 2\b[^\n]*"))
+         if not re.search(pattern, limits[1], re.I)])
     say("Limitations section is honest", [], "whether it says what you know to be weak is yours to judge")
-    say("The word 'proves' does not occur", places(text, FORBIDDEN))
-    heading = re.search(r"^# (.*)", text, re.M)
+    say("The word 'proves' does not occur", [f"line {k}: {m[0]}" for k, line in enumerate(text.split("\n"), 1)
+                                             for m in re.finditer(FORBIDDEN, line, re.I)])
+    heading, verdict = re.search(r"^# (.*)", text, re.M), S["verdict"][0]
     bad, judge = [], None
     if not heading:
         bad = ["no title: the first heading has to be `# ...`"]
     elif heading[1].strip() != S["title"]:
         extra = [w for w in HEADLINE_WORDS if w in heading[1].lower() and w not in S["title"].lower()]
-        bad = [f"title says {w!r}, which the verdict ({S['verdict'][0]}) does not carry" for w in extra]
-        if S["verdict"][0] in ("D", "no verdict"):
-            bad.append(f"the verdict is {S['verdict'][0]}: the title has to say so, as in {S['title']!r}")
+        bad = [f"title says {w!r}, which the verdict ({verdict}) does not carry" for w in extra]
+        if verdict in ("D", "no verdict"):
+            bad.append(f"the verdict is {verdict}: the title has to say so, as in {S['title']!r}")
         judge = f"the title was edited; the verdict's own is {S['title']!r}"
     said = re.search(r"^\*\*Verdict: (.+?)\*\*", text, re.M)
-    if not said or said[1] != S["verdict"][0]:
-        bad.append(f"the post's verdict line is {said[1] if said else 'missing'}, the runs give "
-                   f"{S['verdict'][0]}")
+    if not said or said[1] != verdict:
+        bad.append(f"the post's verdict line is {said[1] if said else 'missing'}, the runs give {verdict}")
     say("Title matches what was found", bad, judge)
     todo = [f"line {k}" for k, line in enumerate(text.split("\n"), 1) if line.startswith(post.TODO)]
     say("Marked places are written", [], f"still to be written: {', '.join(todo)}" if todo else None)
     say("Someone who disagrees would still say the experiment was fair", [], "yours to judge")
-    for state, what, notes in lines:
-        print(f"{state:<7}{what}")
-        for note in notes:
-            print(f"       {note}")
-    failed = sum(state == "FAIL" for state, _, _ in lines)
-    print(f"{failed} of {len(lines)} lines fail, {sum(s == 'PERSON' for s, _, _ in lines)} are a person's to "
-          "judge")
+    failed = lines.count("FAIL")
+    print(f"{failed} of {len(lines)} lines fail, {lines.count('PERSON')} are a person's to judge")
     return 1 if failed else 0

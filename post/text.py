@@ -78,8 +78,8 @@ def spread(values, digits):
 
 
 def spread_words(n):
-    return {1: "one seed", 2: "± half the difference of the two seeds"}.get(n, f"± standard deviation over "
-                                                                               f"{n} seeds")
+    few = {1: "one seed", 2: "± half the difference of the two seeds"}
+    return few.get(n, f"± standard deviation over {n} seeds")
 
 
 def over_seeds(y, name, arm):
@@ -103,14 +103,20 @@ def figure(folder, number, caption):
     name = FIGURES[number - 1]
     if (folder / f"figures/{name}.png").exists():
         return f"![Figure {number}: {caption}](figures/{name}.png)\n\n*Figure {number}. {caption}.*"
-    if number == 7:  # not every study has what it shows
-        return ""
-    return f"*Figure {number} is missing: run `python plot.py {folder}`.*"
+    needed = number < 7  # not every study has what the seventh shows
+    return f"*Figure {number} is missing: run `python plot.py {folder}`.*" * needed
 
 
 def effect(e, m, sign="+"):
     digits = MEASURES[m][2]
     return f"{e['effect']:{sign}.{digits}f} ± {e['half']:.{digits}f}"
+
+
+def difference(y, name, a, b):
+    """Arm b minus arm a with its 95 % interval; 'missing' where there is none."""
+    if len(y[name][a]) < 2 or not np.isfinite([y[name][a], y[name][b]]).all():
+        return "missing"
+    return effect(stats.pair(y[name], a, b), "loss" if name == "loss" else "pr")
 
 
 # ---- what may be claimed
@@ -180,33 +186,29 @@ def title(S):
         return f"Not to be posted: AdamW, Muon and QK-Norm {size} are too noisy or inconsistent across seeds"
     if S["diverged"]:
         return f"{join(LABELS[a] for a in S['diverged'])} diverged at the chosen learning rate, {size}"
-    means = {a: S["y"]["pr"][a].mean() for a in FACTORIAL}
     size += " (neighbouring learning rates were not run)" * (S["rates"]["loss", "optimizer"][0] == NOT_RUN)
     if rate_bound(S):
         return f"Scenario {outcome} at the chosen learning rates, but not at half and twice these, {size}"
     if outcome == "A":  # the plan's wording speaks of logits, so they have to bear it out
-        return (f"Muon provides implicit attention logit control, making QK-Norm unnecessary and harmful "
-                f"{size}"
-                if stats.logit_control(S["y"]["logit"]) else
-                f"Muon without QK-Norm has the lowest loss and the highest participation ratio of keys "
-                f"{size}")
-    if outcome == "B":
-        collapse = (stands(S, "pr", "qk_norm") and e["pr", "qk_norm"]["effect"] < 0
-                    and means["muon_qk"] <= stats.COLLAPSE * means["muon"])
-        return (f"QK-Norm causes measurable dimensional collapse, but the impact on performance is limited "
-                f"{size}"
-                if collapse and abs(e["loss", "qk_norm"]["effect"]) < stats.LOSS_MARGIN else
-                f"Muon without QK-Norm has the highest participation ratio of keys, without a lead on loss, "
-                f"{size}")
-    if outcome == "C":
-        return ("High-dimensional keys may be unnecessary: AdamW + QK-Norm has the lowest loss despite "
-                f"collapsed PR {size}")
-    main = [(m, c) for m in MEASURES for c in ("optimizer", "qk_norm")]
-    told = [(m, "interaction" if crossed(e, m, c) else c) for m, c in main]
-    claims = [claim(c, m, e, None, False) for m, c in dict.fromkeys(told) if stands(S, m, c)]
-    if not claims and any(e[h]["holds"] for h in told):
-        return f"No main effect of Muon or QK-Norm holds at neighbouring learning rates, {size}"
-    return f"{join(claims, '; ') or 'No main effect of Muon or QK-Norm is resolved'}, {size}"
+        words = ("Muon provides implicit attention logit control, making QK-Norm unnecessary and harmful"
+                 if stats.logit_control(S["y"]["logit"]) else
+                 "Muon without QK-Norm has the lowest loss and the highest participation ratio of keys")
+    elif outcome == "B":
+        collapse = (stands(S, "pr", "qk_norm") and e["pr", "qk_norm"]["effect"] < 0 and
+                    S["y"]["pr"]["muon_qk"].mean() <= stats.COLLAPSE * S["y"]["pr"]["muon"].mean())
+        words = ("QK-Norm causes measurable dimensional collapse, but the impact on performance is limited"
+                 if collapse and abs(e["loss", "qk_norm"]["effect"]) < stats.LOSS_MARGIN else
+                 "Muon without QK-Norm has the highest participation ratio of keys, without a lead on loss,")
+    elif outcome == "C":
+        words = ("High-dimensional keys may be unnecessary: AdamW + QK-Norm has the lowest loss despite "
+                 "collapsed PR")
+    else:
+        main = [(m, c) for m in MEASURES for c in ("optimizer", "qk_norm")]
+        told = dict.fromkeys((m, "interaction" if crossed(e, m, c) else c) for m, c in main)
+        none = "holds at neighbouring learning rates" if any(e[h]["holds"] for h in told) else "is resolved"
+        claims = [claim(c, m, e, None, False) for m, c in told if stands(S, m, c)]
+        words = (join(claims, "; ") or f"No main effect of Muon or QK-Norm {none}") + ","
+    return f"{words} {size}"
 
 
 def tldr(S):
@@ -214,17 +216,15 @@ def tldr(S):
     loss, pr = ({a: S["y"][m][a].mean() for a in FACTORIAL} for m in MEASURES)
     low, high, top, said = min(loss, key=loss.get), max(pr, key=pr.get), head_dim(S["config"]), []
     if np.isfinite([*loss.values(), *pr.values()]).all():
-        first = f"the lowest mean final val loss, {loss[low]:.4f} nats a token"
-        of = " of the 2x2" * (len(S["arms"]) > len(FACTORIAL))
-        said.append(f"After {count(S['config']['max_tokens'])} training tokens " +
-                    (f"{LABELS[low]} has {first}, and the highest" if low == high else
-                     f"{LABELS[low]} has {first}, and {LABELS[high]} the highest") +
-                    f" mean participation ratio of keys, {pr[high]:.2f} of "
-                    f"{top}{', of the four arms' + of if of else ''}.")
+        said.append(f"After {count(S['config']['max_tokens'])} training tokens {LABELS[low]} has the lowest "
+                    f"mean final val loss, {loss[low]:.4f} nats a token, and " +
+                    f"{LABELS[high]} " * (low != high) + f"the highest mean participation ratio of keys, "
+                    f"{pr[high]:.2f} of {top}" +
+                    ", of the four arms of the 2x2" * (len(S["arms"]) > len(FACTORIAL)) + ".")
     if e:
         six = [(m, c) for m in MEASURES for c in CONTRASTS]
-        short = {"qk_norm": "QK-Norm"}
-        named = lambda chosen: join(f"{short.get(c, c)} on {MEASURES[m][0]}" for m, c in chosen)
+        short = lambda c: c.replace("qk_norm", "QK-Norm")
+        named = lambda chosen: join(f"{short(c)} on {MEASURES[m][0]}" for m, c in chosen)
         parts = {"resolved": join(claim(c, m, e, top) for m, c in six if stands(S, m, c)),
                  "dependent on the learning rate":
                      named(h for h in six if e[h]["holds"] and not stands(S, *h)),
@@ -246,27 +246,22 @@ def scale_note(c):
     """What a scale other than the plan's can show."""
     size = f"{count(c['num_params'])} parameters, {count(c['max_tokens'])} training tokens a run"
     plan = f"{count(PLAN['num_params'])} parameters and {count(PLAN['max_tokens'])} tokens"
-    small = [k for k in PLAN if c[k] < 0.99 * PLAN[k]]
-    if small:
+    if small := [k for k in PLAN if c[k] < 0.99 * PLAN[k]]:
         tasks = ", nor anything about tasks such as HellaSwag, which such a model cannot do"
-        tasks *= "num_params" in small
         return (f"> **Scale {c['scale']}**: {size}. It can show that the whole procedure works, and how "
                 f"large an effect is in a model of this size on this text. It cannot show what happens at "
-                f"the plan's {plan}{tasks}.")
-    if any(c[k] > 1.01 * PLAN[k] for k in PLAN):
-        return f"> **Scale {c['scale']}**: {size}, where the plan has {plan}."
-    return ""
+                f"the plan's {plan}{tasks * ('num_params' in small)}.")
+    larger = any(c[k] > 1.01 * PLAN[k] for k in PLAN)
+    return f"> **Scale {c['scale']}**: {size}, where the plan has {plan}." * larger
 
 
 def notices(S):
     """What is missing and what was left out."""
-    lines, out = S["missing"] + S["absent"], []
-    if lines:
-        out += [f"> **Incomplete: {plural(len(lines), 'part')} missing.**" +
-                " No verdict is given." * bool(S["missing"]), ">", *(f"> - {line}" for line in lines)]
-    if S["left_out"]:
-        out += [""] * bool(out) + ["> **Left out:**", ">", *(f"> - {line}" for line in S["left_out"])]
-    return join(out, "\n")
+    lacks = S["missing"] + S["absent"]
+    no = " No verdict is given." * bool(S["missing"])
+    return paragraphs(
+        lacks and f"> **Incomplete: {plural(len(lacks), 'part')} missing.**{no}\n>\n{bullets(lacks, '> - ')}",
+        S["left_out"] and f"> **Left out:**\n>\n{bullets(S['left_out'], '> - ')}")
 
 
 def why(arm):
@@ -304,12 +299,11 @@ def sweep_table(picks, arms):
         lrs, losses = zip(*((t["lr"], t["val_loss"]) for t in tried))
         at, fit = lrs.index(p["lr"]), stats.quadratic_fit(lrs, losses)
         cell = lambda t: spread([np.inf if v is None else v for v in t.get("val_losses", [t["val_loss"]])], 4)
-        near = [cell(tried[i]) if 0 <= i < len(lrs) else "none" for i in (at - 1, at + 1)]
+        beside = [cell(tried[i]) if 0 <= i < len(tried) else "none" for i in (at - 1, at + 1)]
         tie = f"with {join((f'{lr:g}' for lr in p['tie']), ' and ')}" if p["tie"] else \
             "no" if len(p["seeds"]) > 1 else "not known from one seed"
-        bracketed = "yes" if p["bracketed"] else "**not bracketed**"
-        rows.append([LABELS[a], f"{p['lr']:g}", bracketed, cell(tried[at]), *near, tie,
-                     f"{fit[1]:.4f} at {fit[0]:.3g}" if fit else "no minimum"])
+        rows.append([LABELS[a], f"{p['lr']:g}", "yes" if p["bracketed"] else "**not bracketed**",
+                     cell(tried[at]), *beside, tie, f"{fit[1]:.4f} at {fit[0]:.3g}" if fit else "no minimum"])
     n = max((len(p["seeds"]) for p in picks.values()), default=1)
     return table(["Config", "Chosen LR", "Bracketed", "Val loss", "next LR below", "next LR above", "Tie",
                   "Parabola's minimum"], rows,
@@ -319,15 +313,13 @@ def sweep_table(picks, arms):
 
 def sweep_rule(S):
     seeds = sorted({s for p in S["picks"].values() for s in p["seeds"]})
-    tokens = {p["tokens"] for p in S["picks"].values() if "tokens" in p} | \
-        {r["config"]["max_tokens"] for r in S["sweep"]}
+    tokens = sorted({r["config"]["max_tokens"] for r in S["sweep"]})
     wins = ("The lowest final val loss wins" if len(seeds) < 2 else
             "The lowest mean over these seeds of the final val loss wins; a neighbour whose mean is less "
             "than two standard errors of the difference higher is a tie")
-    return (f"Each arm has its own grid of learning rates, run for "
-            f"{join(map(count, sorted(tokens))) or 'no'} tokens with {'seed' if len(seeds) < 2 else 'seeds'} "
-            f"{join(seeds) or 'not known'}. {wins}. A winner at an edge gets points a factor of two further "
-            f"out, up to {MAX_EXTENSIONS} a side.")
+    return (f"Each arm has its own grid of learning rates, run for {join(map(count, tokens)) or 'no'} tokens "
+            f"with seed{'s' * (len(seeds) > 1)} {join(seeds) or 'not known'}. {wins}. A winner at an "
+            f"edge gets points a factor of two further out, up to {MAX_EXTENSIONS} a side.")
 
 
 def rates_table(near, m, arms):
@@ -339,31 +331,13 @@ def rates_table(near, m, arms):
         if a in near:
             loss = near[a]["loss"]
             cells = ["diverged" if np.isinf(x) else f"{v:.{digits}f}" for v, x in zip(near[a][m], loss)]
-            rows[-1] = [LABELS[a], f"{near[a]['lr'][1]:g}", *cells, words[int(np.argmin(loss))]]
-    head = ["Config", "Chosen LR", f"{what[0].upper()}{what[1:]} at half", "at the chosen LR", "at twice",
-            "Choice holds"]
-    wide = len(head) - (m != "loss")
-    return table(head[:wide], [row[:wide] for row in rows],
+            rows[-1][1:] = [f"{near[a]['lr'][1]:g}", *cells, words[int(np.argmin(loss))]]
+    return table(["Config", "Chosen LR", f"{what[0].upper()}{what[1:]} at half", "at the chosen LR",
+                  "at twice", "Choice holds"], rows,
                  "`neighbours/*/log.jsonl` and the main runs of the same seed")
 
 
-def choice_holds(S):
-    old = (" `transfer/` holds runs of a stage that this project no longer has, half the rate at a longer "
-           "budget: they enter nothing here." if S["transfer"] else "")
-    if not S["near"]:
-        return f"Not known: `bash sweep.sh {S['scale']} neighbours` was not run.{old}"
-    seed = next(iter(S["near"].values()))["seed"]
-    return (f"Every arm was trained for the whole main budget at half and at twice its rate too, with seed "
-            f"{seed}.{old}\n\n{rates_table(S['near'], 'loss', S['arms'])}")
-
-
 # ---- sections 3 and 4
-def seeds_table(loss, seeds, arms):
-    return table(["Config", *(f"Seed {s}" for s in seeds), "Mean"],
-                 [[LABELS[a], *(spread([x], 4) for x in loss[a]), spread(loss[a], 4)] for a in arms],
-                 f"final val loss in nats a token, {MAIN_LOGS}; mean {spread_words(len(seeds))}")
-
-
 def contrast_table(S, m):
     e, (_, unit, digits) = S["verdict"][2], MEASURES[m]
     if not e:
@@ -386,50 +360,35 @@ def contrast_table(S, m):
                  f"{MAIN_LOGS}, by `post/stats.py`; the last column by `neighbours/*/log.jsonl`, one seed")
 
 
-def spread_table(y, arms):
-    """Each arm's own standard deviation over seeds."""
-    n = len(y["loss"][arms[0]])
-    sd = lambda v, digits: f"{v.std(ddof=1):.{digits}f}" if np.isfinite(v).all() else "missing"
-    return table(["Config", "Val loss, nats a token", "Mean PR"],
-                 [[LABELS[a], *(sd(y[m][a], MEASURES[m][2]) for m in MEASURES)] for a in arms],
-                 f"{MAIN_LOGS}; standard deviation over {n} seeds, each with {plural(n - 1, 'degree')} of freedom")
-
-
-def power_table(y, e, n):
-    """What the study can resolve."""
-    digits = {m: MEASURES[m][2] for m in MEASURES}
-    cells = lambda m, c: [f"± {e[m, c]['half']:.{digits[m]}f}",
-                          f"{stats.detectable(e[m, c], n):.{digits[m]}f}"]
-    found = "found with 80 % power"
-    return table(["Contrast", "Val loss, 95 %", found, "seeds for 0.01 nats", "Mean PR, 95 %", found],
-                 [[NAMES[c], *cells("loss", c), stats.seeds_needed(y["loss"], CONTRASTS[c]), *cells("pr", c)]
-                  for c in CONTRASTS],
-                 "`post/stats.py`, from the spreads above; found: the true effect that such a study would claim "
-                 "8 times in 10, at the strictest of Holm's steps; seeds: for a 95 % interval of ± 0.01 nats")
-
-
 def resolution(S):
-    """What the seeds of this study can resolve."""
+    """Each arm's own spread, and what the seeds of this study can resolve."""
     y, n, e = S["y"], len(S["seeds"]), S["verdict"][2]
     if n < 2:
         return "One seed has no spread over seeds."
-    out = [spread_table(y, S["arms"])]
-    if e:
-        over = {m: stats.seed_correlation({a: y[m][a] for a in FACTORIAL}) for m in MEASURES}
-        out += [f"Seeds are the same in every arm. The mean correlation of two arms over seeds is "
-                f"{over['loss']['mean']:+.2f} on loss and {over['pr']['mean']:+.2f} on mean PR" +
-                (f"; differences within a seed spread less than unpaired ones would in "
-                 f"{over['loss']['helped']} and {over['pr']['helped']} of the {len(over['loss']['pairs'])} "
-                 "pairs. No interval makes use of it." if n > 2 else
-                 ", but from two seeds each is one or minus one, which says nothing."), power_table(y, e, n)]
-    return paragraphs(*out)
-
-
-def evaluation_noise(runs):
-    noise = [x for r in runs.values() if (x := r.get("val_loss_stderr_bootstrap")) is not None]
-    return (f"Evaluation noise is apart from this: the bootstrap over val sequences gives a standard error "
-            f"of at most {max(noise):.4f} nats for one run (`results.json`). It enters no "
-            "interval." if noise else "")
+    digits = {m: MEASURES[m][2] for m in MEASURES}
+    sd = lambda v, k: f"{v.std(ddof=1):.{k}f}" if np.isfinite(v).all() else "missing"
+    spreads = table(["Config", "Val loss, nats a token", "Mean PR"],
+                    [[LABELS[a], *(sd(y[m][a], digits[m]) for m in MEASURES)] for a in S["arms"]],
+                    f"{MAIN_LOGS}; standard deviation over {n} seeds, each with {plural(n - 1, 'degree')} of "
+                    "freedom")
+    if not e:
+        return spreads
+    over = {m: stats.seed_correlation({a: y[m][a] for a in FACTORIAL}) for m in MEASURES}
+    worth = (f"; differences within a seed spread less than unpaired ones would in {over['loss']['helped']} "
+             f"and {over['pr']['helped']} of the {len(over['loss']['pairs'])} pairs. No interval makes use "
+             "of it." if n > 2 else ", but from two seeds each is one or minus one, which says nothing.")
+    cells = lambda m, c: [f"± {e[m, c]['half']:.{digits[m]}f}",
+                          f"{stats.detectable(e[m, c], n):.{digits[m]}f}"]
+    found = "found with 80 % power"
+    power = table(["Contrast", "Val loss, 95 %", found, "seeds for 0.01 nats", "Mean PR, 95 %", found],
+                  [[NAMES[c], *cells("loss", c), stats.seeds_needed(y["loss"], CONTRASTS[c]), *cells("pr", c)]
+                   for c in CONTRASTS],
+                  "`post/stats.py`, from the spreads above; found: the true effect that such a study would "
+                  "claim 8 times in 10, at the strictest of Holm's steps; seeds: for a 95 % interval of "
+                  "± 0.01 nats")
+    return paragraphs(spreads, "Seeds are the same in every arm. The mean correlation of two arms over seeds "
+                      f"is {over['loss']['mean']:+.2f} on loss and {over['pr']['mean']:+.2f} on mean PR"
+                      f"{worth}", power)
 
 
 def definitions(y, arms, n):
@@ -438,56 +397,44 @@ def definitions(y, arms, n):
     orders = {name: join((LABELS[a] for a in sorted(arms, key=lambda a: -y[name][a].mean())), " > ")
               for name in PR_DEFINITIONS if whole}
     same = "the same" if len(set(orders.values())) == 1 else "not the same"
-    out = [table(["Config", *PR_DEFINITIONS],
-                 [[LABELS[a], *(over_seeds(y, name, a) for name in PR_DEFINITIONS)] for a in arms],
-                 f"{MAIN_LOGS}; {spread_words(n)}"),
-           bullets(f"`{name}`: {text}." + (f" Order: {orders[name]}." if whole else "")
-                   for name, text in PR_DEFINITIONS.items())]
-    if whole:
-        out.append(f"The order of the arms is {same} under all four. A PR claim has to hold in sign under "
-                   f"{join(f'`{name}`' for name in PR_NAMES)}, or it 'depends on the definition'.")
-    return paragraphs(*out)
+    return paragraphs(
+        table(["Config", *PR_DEFINITIONS],
+              [[LABELS[a], *(over_seeds(y, name, a) for name in PR_DEFINITIONS)] for a in arms],
+              f"{MAIN_LOGS}; {spread_words(n)}"),
+        bullets(f"`{name}`: {text}." + (f" Order: {orders[name]}." if whole else "")
+                for name, text in PR_DEFINITIONS.items()),
+        whole and f"The order of the arms is {same} under all four. A PR claim has to hold in sign under "
+                  f"{join(f'`{name}`' for name in PR_NAMES)}, or it 'depends on the definition'.")
 
 
 def frozen_gains(y, configs):
-    """Frozen against learned gains of QK-Norm under each optimizer, where a study has both; '' where it has
-    not."""
-    gained = [a for a, c in configs.items() if c["qk_norm"] and c["qk_gain"] and a in FACTORIAL]
-    pairs = [(a, b) for a in gained for b, c in configs.items()
-             if c["qk_norm"] and not c["qk_gain"] and c["optimizer"] == configs[a]["optimizer"]]
-    if not pairs:
-        return ""
-
-    def cell(name, a, b):
-        if len(y[name][a]) < 2 or not np.isfinite([y[name][a], y[name][b]]).all():
-            return "missing"
-        return effect(stats.pair(y[name], a, b), "loss" if name == "loss" else "pr")
-    return ("### Frozen against learned gains\n\n"
-            "Is what QK-Norm does to the keys done by its gains? Here they stay at one, against gains that "
-            "learn, under the same optimizer, each arm at its own learning rate.\n\n" +
-            table(["Difference", "Val loss", *PR_DEFINITIONS],
-                  [[f"{LABELS[b]} minus {LABELS[a]}", *(cell(m, a, b) for m in ("loss", *PR_DEFINITIONS))]
-                   for a, b in pairs],
-                  f"{MAIN_LOGS}; 95 % intervals, each alone and not corrected: no verdict hangs on them"))
+    """Frozen against learned gains of QK-Norm under each optimizer; '' where a study has not both."""
+    normed = {a: c for a, c in configs.items() if c["qk_norm"]}
+    pairs = [(a, b) for a in FACTORIAL for b in normed if a in normed and normed[a]["qk_gain"]
+             and not normed[b]["qk_gain"] and normed[a]["optimizer"] == normed[b]["optimizer"]]
+    names = ["loss", *PR_DEFINITIONS]
+    return paragraphs(
+        "### Frozen against learned gains",
+        "Is what QK-Norm does to the keys done by its gains? Here they stay at one, against gains that "
+        "learn, under the same optimizer, each arm at its own learning rate.",
+        table(["Difference", "Val loss", *PR_DEFINITIONS],
+              [[f"{LABELS[b]} minus {LABELS[a]}", *(difference(y, name, a, b) for name in names)]
+               for a, b in pairs],
+              f"{MAIN_LOGS}; 95 % intervals, each alone and not corrected: no verdict hangs on them")
+    ) if pairs else ""
 
 
 def pr_by_lr(sweep):
     """PR at the end of every sweep run, by arm and learning rate."""
-    ended = {}
-    for r in (r for r in sweep if r["status"] != "unfinished" and r["rows"]):
+    ended, rows = {}, []
+    for r in (r for r in sweep if r["status"] != "unfinished"):
         ended.setdefault((r["config"]["arm"], r["config"]["learning_rate"]), []).append(r)
-    if not ended:
-        return "*No sweep run has ended.*"
-    values = {k: {name: [last(r, name) for r in runs] for name in ("loss", *PR_DEFINITIONS)}
-              for k, runs in ended.items()}
-
-    def row(arm, lr):
-        v = values[arm, lr]
-        lost = "diverged" if np.isinf(v["loss"]).all() else None
-        return [LABELS[arm], f"{lr:g}", spread(v["loss"], 4),
-                *(lost or spread(v[name], 2) for name in PR_DEFINITIONS)]
-    n = max(len(runs) for runs in ended.values())
-    return table(["Config", "LR", "Val loss", *PR_DEFINITIONS], [row(*k) for k in ended],
+    for (arm, lr), runs in ended.items():
+        lost = "diverged" if all(r["status"] == "diverged" for r in runs) else None
+        rows.append([LABELS[arm], f"{lr:g}", spread([last(r, "loss") for r in runs], 4),
+                     *(lost or spread([last(r, name) for r in runs], 2) for name in PR_DEFINITIONS)])
+    n = max(map(len, ended.values()), default=1)
+    return table(["Config", "LR", "Val loss", *PR_DEFINITIONS], rows,
                  f"last rows of `sweep/*/log.jsonl`; {spread_words(n)}")
 
 
@@ -511,8 +458,8 @@ def correlation_table(runs, arms):
         pr, loss = (np.array([p[i] for p in pairs]) for i in (1, 2))
         if len(pairs) < 3 or not np.ptp(pr) or not np.ptp(loss):
             continue
-        arm = np.array([p[0] for p in pairs])
-        means = np.array([(pr[arm == a].mean(), loss[arm == a].mean()) for a in arms if a in arm])
+        of = {a: [b == a for b, *_ in pairs] for a in arms}
+        means = np.array([(pr[k].mean(), loss[k].mean()) for k in of.values() if any(k)])
         rows.append([count(tokens), len(pairs), f"{np.corrcoef(pr, loss)[0, 1]:+.2f}",
                      f"{np.corrcoef(means.T)[0, 1]:+.2f}" if len(means) == len(arms) > 2 else "missing",
                      f"{pr.min():.2f} to {pr.max():.2f}", f"{loss.min():.4f} to {loss.max():.4f}"])
@@ -524,10 +471,10 @@ TASKS = {"val": "val_ppl", "hellaswag": "acc_norm", "lambada": "acc"}
 
 
 def cell_of(result, task, status):
-    """One task of one run, or val perplexity where task is 'val', or why there is none. Tasks in percent with
-    their standard error."""
+    """One task of one run in percent with its standard error, val perplexity where task is 'val', or why
+    there is none."""
     r = result if task == "val" and "val_ppl" in result else result.get(task) or {}
-    if status == "diverged" or "not_available" in r or TASKS[task] not in r:
+    if status == "diverged" or TASKS[task] not in r:
         return "diverged" if status == "diverged" else "not available" if "not_available" in r else "missing"
     if task == "val":
         return f"{r['val_ppl']:.2f}"
@@ -537,38 +484,36 @@ def cell_of(result, task, status):
 
 def downstream(S):
     """Every evaluation, the results table of step 9, and what to hold them against."""
-    runs, cells, errors, gaps = S["results"], {}, [], []
+    runs, cells, gaps = S["results"], {}, []
     for a, s in itertools.product(S["arms"], S["seeds"]):
         run, result = S["cell"].get((a, s), {}), runs.get(f"{a}-seed{s}", {})
         cells[a, s] = [cell_of(result, task, run.get("status")) for task in TASKS]
         if "val_loss" in result and run.get("status") == "finished":
             gaps.append(abs(result["val_loss"] - run["val_loss"]))
-        errors.append((result.get("hellaswag") or {}).get("acc_norm_stderr") or 0)
 
     def mean(arm, i, task):
-        words = [cells[arm, s][i] for s in S["seeds"] if not cells[arm, s][i][0].isdigit()]
-        if words:
+        if words := [cells[arm, s][i] for s in S["seeds"] if not cells[arm, s][i][0].isdigit()]:
             return words[0]
         return spread([100 * runs[f"{arm}-seed{s}"][task][TASKS[task]] for s in S["seeds"]], 1) + " %"
 
-    each = table(["Config", "Seed", "Val PPL", "HellaSwag", "LAMBADA"],
-                 [[LABELS[a], s, *found] for (a, s), found in cells.items()],
-                 "`results.json`; HellaSwag 10-shot acc_norm, LAMBADA 0-shot last-word accuracy, ± standard "
-                 "error over examples")
-    means = table(["Config", "Best LR", "Val Loss", "Mean PR", "HellaSwag", "LAMBADA"],
-                  [[*row, mean(a, 1, "hellaswag"), mean(a, 2, "lambada")]
-                   for a, row in zip(S["arms"], summary(S))],
-                  f"`chosen_lr.json`, {MAIN_LOGS}, `results.json`; {spread_words(len(S['seeds']))}")
-    error = f"; the standard error of one run is {100 * max(errors):.1f} points" if any(errors) else ""
     parts = [(part, r) for result in runs.values() for part, r in result.items() if isinstance(r, dict)]
     why_not = {f"Not available: {part}: {r['not_available']}" for part, r in parts if "not_available" in r}
-    return paragraphs(each, means, bullets(filter(None, [
-        *sorted(why_not),
-        f"Chance on HellaSwag is 25 %{error}.",
-        "GPT-2 124M in the same harness: HellaSwag acc 28.9 %, acc_norm 31.1 %; LAMBADA acc 32.56 %, "
-        "ppl 40.06.",
-        gaps and f"Evaluated again, final checkpoints differ from the logs' val loss by at most "
-                 f"{max(gaps):.4f} nats."])),
+    return paragraphs(
+        table(["Config", "Seed", "Val PPL", "HellaSwag", "LAMBADA"],
+              [[LABELS[a], s, *found] for (a, s), found in cells.items()],
+              "`results.json`; HellaSwag 10-shot acc_norm, LAMBADA 0-shot last-word accuracy, ± standard "
+              "error over examples"),
+        table(["Config", "Best LR", "Val Loss", "Mean PR", "HellaSwag", "LAMBADA"],
+              [[*row, mean(a, 1, "hellaswag"), mean(a, 2, "lambada")]
+               for a, row in zip(S["arms"], summary(S))],
+              f"`chosen_lr.json`, {MAIN_LOGS}, `results.json`; {spread_words(len(S['seeds']))}"),
+        bullets(filter(None, [
+            *sorted(why_not),
+            "Chance on HellaSwag is 25 %.",
+            "GPT-2 124M in the same harness: HellaSwag acc 28.9 %, acc_norm 31.1 %; LAMBADA acc 32.56 %, "
+            "ppl 40.06.",
+            gaps and f"Evaluated again, final checkpoints differ from the logs' val loss by at most "
+                     f"{max(gaps):.4f} nats."])),
         S["scale"] == "80m" and sanity(S["y"], S["configs"], runs))
 
 
@@ -654,50 +599,41 @@ def limitations(S):
                      f"was left out, so these runs saw other data than the other arms of their seed."]))
 
 
-def speeds(S):
-    out = []
-    for a in (a for a in S["arms"] if a in S["picks"]):
-        rows = [row for r in S["runs"] if r["config"]["arm"] == a for row in r["rows"]]
-        v = [x for row in rows if (x := row.get("tokens_per_s"))]
-        if v:
-            out.append(f"{LABELS[a]}: learning rate {S['picks'][a]['lr']:g}, val loss "
-                       f"{over_seeds(S['y'], 'loss', a)}, {np.median(v):,.0f} tokens/s")
-    return bullets(out, "> - ")
-
-
-def pairs_table(y, arms, top):
-    """Every pair of arms whose runs all ended."""
-    whole = [a for a in arms if np.isfinite([y["loss"][a], y["pr"][a]]).all() and len(y["loss"][a]) > 1]
-    rows = [[f"{LABELS[b]} minus {LABELS[a]}", *(effect(stats.pair(y[m], a, b), m) for m in MEASURES)]
-            for a, b in itertools.combinations(whole, 2)]
-    return table(["Difference", "Val loss, nats", f"Mean PR, of {top}"], rows,
-                 f"{MAIN_LOGS}; 95 % intervals, each alone and not corrected: no claim rests on them")
+def speed(runs, arm):
+    rows = [row for r in runs if r["config"]["arm"] == arm for row in r["rows"]]
+    seen = [x for row in rows if (x := row.get("tokens_per_s"))]
+    return f"{np.median(seen):,.0f}" if seen else "missing"
 
 
 def spot_checks(runs):
-    rows, notes = [], []
+    """Step 6: the spot checks that found something, and what else happened to a run."""
+    rows, notes, n = [], [], 0
+    show = lambda x, digits: "not finite" if x is None else f"{x:.{digits}f}"
     for r in runs:
         name = f"{LABELS[r['config']['arm']]}, seed {r['config']['seed']}"
         for x in r["events"]:
-            if x["event"] == "spot_check":
-                show = lambda key, digits: "not finite" if x[key] is None else f"{x[key]:.{digits}f}"
-                loss = show("val_loss", 4) + " (not falling)" * (not x["falling"])
-                rows.append([name, count(x["tokens"]), loss, "**yes**" if x["nan"] else "no",
-                             f"{show('mean_pr_before', 2)} → {show('mean_pr', 2)}",
-                             f"{show('max_logit_before', 1)} → {show('max_logit', 1)}",
-                             join(x["flags"]) or "none"])
-            elif x["event"] in ("restart", "diverged"):
+            if x["event"] in ("restart", "diverged"):
                 reason = f", {x['reason']}" if x.get("reason") else ""
                 notes.append(f"{name}: {x['event']} at step {x['step']}{reason}")
-    shown = table(["Run", "Tokens", "Val loss", "NaNs", "Mean PR", "Largest logit", "Flags"], rows,
-                  "`spot_check` events of `*-seed*/log.jsonl`; arrows: since the checkpoint before")
-    return paragraphs(shown, bullets(notes))
+            elif x["event"] == "spot_check":
+                n += 1
+                if x["flags"] or x["nan"]:
+                    rows.append([name, count(x["tokens"]), show(x["val_loss"], 4),
+                                 f"{show(x['mean_pr_before'], 2)} → {show(x['mean_pr'], 2)}",
+                                 f"{show(x['max_logit_before'], 1)} → {show(x['max_logit'], 1)}",
+                                 join(x["flags"]) or "NaN"])
+    return paragraphs(
+        f"{plural(n, 'spot check')}, {len(rows)} with flags. All are in `*-seed*/log.jsonl`.",
+        rows and table(["Run", "Tokens", "Val loss", "Mean PR", "Largest logit", "Flags"], rows,
+                       "`spot_check` events of `*-seed*/log.jsonl`; arrows: since the checkpoint before"),
+        bullets(notes))
 
 
 # ---- the post
 def build(S):
     """The whole post as Markdown, block by block, from report.load()'s dict."""
     c, arms, seeds, y, folder = S["config"], S["arms"], S["seeds"], S["y"], S["dir"]
+    noise = [x for r in S["results"].values() if (x := r.get("val_loss_stderr_bootstrap")) is not None]
     n, top, params, tokens = len(seeds), head_dim(c), count(c["num_params"]), count(c["max_tokens"])
     outcome, conditions, e = S["verdict"]
     others = join((LABELS[a] for a in arms if a not in FACTORIAL), " and ")
@@ -709,7 +645,7 @@ def build(S):
 
         "## 2. Experimental Setup",
         "### Architecture", S["experiment_config"].split("\n", 2)[2].strip(),
-        "*Source: `config.json` and `source/` of the runs.*",
+        "*Source: `config.json` of the runs, and the code.*",
         f"### The {len(arms)} configs and why", configs_table(S["configs"]),
         f"{plural(n, 'seed')} per config, {tokens} tokens, {params} param model. Seeds {join(seeds)}; a seed "
         f"fixes the initial weights and the order of the data, the same in every arm. "
@@ -723,14 +659,23 @@ def build(S):
         "### LR tuning methodology", sweep_rule(S),
         figure(folder, 6, "Final val loss by learning rate; the star is the chosen one"),
         sweep_table(S["picks"], arms),
-        "### Does the choice hold at the main budget?", choice_holds(S),
+        "### Does the choice hold at the main budget?",
+        f"Every arm was trained for the whole main budget at half and at twice its rate too, with seed "
+        f"{S['neighbours'][0]['config']['seed']}.\n\n{rates_table(S['near'], 'loss', arms)}" if S["near"] else
+        f"Not known: `bash sweep.sh {S['scale']} neighbours` was not run.",
 
         "## 3. Results: Loss",
-        figure(folder, 1, "Val loss over training"), seeds_table(y["loss"], seeds, arms),
+        figure(folder, 1, "Val loss over training"),
+        table(["Config", *(f"Seed {s}" for s in seeds), "Mean"],
+              [[LABELS[a], *(spread([x], 4) for x in y["loss"][a]), over_seeds(y, "loss", a)] for a in arms],
+              f"final val loss in nats a token, {MAIN_LOGS}; mean {spread_words(n)}"),
         contrast_table(S, "loss"),
         "An interval may exclude zero and the decision still be 'undecided': an interval is for one "
         "contrast, a decision for the whole family." if e else "",
-        f"### What {plural(n, 'seed')} can resolve", resolution(S), evaluation_noise(S["results"]),
+        f"### What {plural(n, 'seed')} can resolve", resolution(S),
+        noise and "Evaluation noise is apart from this: the bootstrap over val sequences gives a standard "
+                  f"error of at most {max(noise):.4f} nats for one run (`results.json`). It enters no "
+                  "interval.",
 
         "## 4. Results: Representation Quality",
         f"PR1 is (sum s)^2 / sum s^2 and PR2 is (sum s^2)^2 / sum s^4, of the singular values s of one "
@@ -758,25 +703,26 @@ def build(S):
         f"### What the contrasts decide: {scenario}", reasons(conditions),
         "*Source: the tables of contrasts in sections 3 and 4, by `post/stats.py`.*",
         "### Mechanism",
-        f"{TODO} the mechanistic explanation, why you think this happens, and what these numbers leave open. "
-        f"Numbers to use:\n>\n" + bullets((f"{LABELS[a]}: mean PR {over_seeds(y, 'pr', a)}, centred "
-                                f"{over_seeds(y, 'pr_centered', a)}, of the weights "
-                                f"{over_seeds(y, 'pr_weight', a)}, largest scaled logit "
-                                f"{spread(y['logit'][a], 1)}, attention entropy "
-                                f"{spread(y['attn_entropy'][a], 3)} nats"
-                                for a in arms), "> - "),
-        "*Source: `*-seed*/log.jsonl`: `pr_*` and `attn_entropy_*` at the end, `max_logit_*` the largest "
-        "over layers and rows.*", logits(y, e),
+        f"{TODO} the mechanistic explanation, why you think this happens, and what these numbers leave open.",
+        table(["Config", "Mean PR", "centred", "of the weights", "Largest scaled logit", "Attention entropy"],
+              [[LABELS[a], *(over_seeds(y, name, a) for name in PR_NAMES), spread(y["logit"][a], 1),
+                spread(y["attn_entropy"][a], 3)] for a in arms],
+              "`*-seed*/log.jsonl`: PR and entropy (nats) at the end, the logit over all layers and rows"),
+        logits(y, e),
 
         "## 8. Limitations", limitations(S),
 
         "## 9. Recommendations",
-        f"{TODO} practical advice, no wider than section 8 allows and resting on resolved contrasts alone. "
-        f"Numbers to use:\n>\n" + speeds(S),
-        "*Source: `chosen_lr.json`, `*-seed*/log.jsonl` (tokens/s: median over rows, on the machine of the "
-        "runs).*",
+        f"{TODO} practical advice, no wider than section 8 allows and resting on resolved contrasts alone.",
+        table(["Config", "Best LR", "Val loss", "Mean PR", "Tokens/s"],
+              [[*row, speed(S["runs"], a)] for a, row in zip(arms, summary(S))],
+              "`chosen_lr.json`, `*-seed*/log.jsonl`; tokens/s: median over rows, on the runs' machine"),
 
         "## Appendix",
-        "### A. Every pair of arms", pairs_table(y, arms, top),
+        "### A. Every pair of arms",
+        table(["Difference", "Val loss, nats", f"Mean PR, of {top}"],
+              [[f"{LABELS[b]} minus {LABELS[a]}", *(difference(y, m, a, b) for m in MEASURES)]
+               for a, b in itertools.combinations(arms, 2)],
+              f"{MAIN_LOGS}; 95 % intervals, each alone and not corrected: no claim rests on them"),
         "### B. Spot checks (step 6)", spot_checks(S["runs"])]
     return paragraphs(*blocks) + "\n"
