@@ -4,7 +4,9 @@ A script's keys are the plain assignments at its top, up to the line that calls 
 files are plain assignments too: nothing in them is executed.
 """
 import ast
+import contextlib
 import difflib
+import os
 import sys
 from pathlib import Path
 
@@ -20,6 +22,26 @@ def find(path):
     """path as seen from the current folder, else from the project's: scripts work from any folder."""
     path = Path(path).expanduser()
     return path if path.exists() or path.is_absolute() or not (ROOT / path).exists() else ROOT / path
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """A binary file to write that gets its name once it is whole and on disk: path is whole or as it was
+    before, and nothing is left beside it. OSError, which names the path, where that fails."""
+    aside = Path(f"{path}.tmp")
+    try:
+        with open(aside, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(aside, path)
+    except BaseException as e:
+        aside.unlink(missing_ok=True)
+        # a full disk does not say which file, and torch.save turns it into a RuntimeError
+        if isinstance(e, RuntimeError) or isinstance(e, OSError) and not e.filename:
+            why = isinstance(e, RuntimeError) and e.__context__ or e
+            raise OSError(f"cannot write {path}: {why}") from e
+        raise
 
 
 def assignments(path, until=None):

