@@ -1,16 +1,14 @@
-"""The figures of a study, from its logs alone; every metric of one run; two or more studies or runs compared.
+"""The figures of a study, from its logs alone; every metric of one run; two studies or runs compared.
 
     python plot.py out/mini                 the study's seven figures, in out/mini/figures
     python plot.py out/mini/muon-seed42     all that this run has logged, in its run.png; also while it runs
-    python plot.py out/mini out/mini_tweak  val loss and mean PR of both, in the last one's figures
+    python plot.py out/mini out/mini_tweak  val loss and mean PR of both, in the second one's figures
 
-Each comes as .png and .svg. A half-done study gives the figures that it can give; what is missing is printed.
+Each comes as .png and .svg. A half-done study gives the figures that it can give; those that it can't and the
+runs that have not finished are printed. What a whole study would have is report.py's to say.
 """
-import collections
-import io
 import itertools
 import math
-import os
 import re
 import sys
 import textwrap
@@ -23,9 +21,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from configurator import fail, find
-from study import (KINDS, LABELS, SCALES, SEEDS, arms_of, chosen, grid, head_dim, layer_values, load_run,
-                   load_runs, neighbour_lrs, read_json, run_name, sweep_seeds)
-from system import write_whole
+from study import KINDS, LABELS, chosen, head_dim, layer_values, load_run, load_runs
+from system import errors_in_one_line, write_whole
 
 # Okabe-Ito: one hue an optimizer, lighter and dashed for QK-Norm, darker and dotted for frozen gains; markers
 # for grey print
@@ -35,17 +32,16 @@ LOOKS = {"adamw": ("#D55E00", "-", "o"), "adamw_qk": ("#E69F00", "--", "s"),
 MORE = [("#009E73", "-.", "<"), ("#CC79A7", "-.", ">"), ("#000000", "-.", "p"), ("#8A7A00", "-.", "h")]
 STYLE = {arm: dict(zip(("color", "linestyle", "marker"), LOOKS.get(arm, MORE[i % len(MORE)])))
          for i, arm in enumerate(LABELS)}
-DASHES = ["-", (0, (3, 1.5)), (0, (1, 1)), (0, (6, 2, 1, 2))]  # of the studies in a comparison
+DASHES = ["-", (0, (3, 1.5))]  # of the two studies in a comparison
 GREY = "#666666"
 WIDTH = 7  # inches: a blog shows it at about 700 pixels, where 10 points are 14 pixels
 LOSS = "validation loss (nats a token)"
 matplotlib.rcParams.update({
-    "font.size": 10, "axes.titlesize": 10, "axes.labelsize": 10, "xtick.labelsize": 9, "ytick.labelsize": 9,
+    "font.size": 10, "axes.titlesize": 10, "xtick.labelsize": 9, "ytick.labelsize": 9,
     "legend.fontsize": 9, "legend.title_fontsize": 9, "legend.frameon": False, "legend.handlelength": 3.2,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#DDDDDD",
-    "grid.linewidth": 0.6, "axes.axisbelow": True, "lines.markersize": 5, "figure.titlesize": 12,
-    "figure.titleweight": "bold", "figure.constrained_layout.use": True, "svg.fonttype": "none",
-    "svg.hashsalt": "plot"})
+    "grid.linewidth": 0.6, "axes.axisbelow": True, "lines.markersize": 5, "figure.titleweight": "bold",
+    "figure.constrained_layout.use": True, "svg.fonttype": "none", "svg.hashsalt": "plot"})
 
 
 def amount(tokens):
@@ -72,7 +68,7 @@ def by_rate(runs):
     return {lr: [r for r in runs if r["config"]["learning_rate"] == lr] for lr in rates}
 
 
-def mean_by_rate(runs, key):
+def means_by_rate(runs, key):
     """Learning rates where no run diverged, and the mean over seeds of key at the end there, each (n,)."""
     return np.array([(lr, np.mean([value(r["rows"][-1], key) for r in group]))
                      for lr, group in by_rate(runs).items() if group == finished(group)]).reshape(-1, 2).T
@@ -97,14 +93,6 @@ def series(run, key):
     return np.array(pairs, dtype=float).reshape(-1, 2).T
 
 
-def over_seeds(runs, key):
-    """Tokens (n,) that all runs share, and the values of key there, (n_runs, n)."""
-    curves = [dict(zip(*series(r, key))) for r in runs]
-    tokens = sorted(set.intersection(*map(set, curves))) if curves else []
-    values = np.array([[c[t] for t in tokens] for c in curves])
-    return np.array(tokens), values.reshape(len(curves), len(tokens))
-
-
 def checkpoints(run):
     """{tokens: row} at the token checkpoints of a run and at its end."""
     steps = {e["step"] for e in run["events"] if e["event"] in ("spot_check", "finished")}
@@ -122,14 +110,18 @@ def rows_at(runs, tokens):
     return [(r, checkpoints(r)[tokens]) for r in alive(runs) if tokens in checkpoints(r)]
 
 
-def spectrum(run, layer, step):
-    """Singular values (head_dim,) of a run's keys, each head divided by its largest, mean over heads; None, and
-    a line on it, where the file is missing or broken."""
-    try:
-        s = np.load(run["dir"] / f"sv_layer_{layer}_step_{step}.npy").astype(float)
-        return (s / s[:, :1]).mean(0)
-    except (OSError, ValueError, EOFError):
-        print(f"missing: {run['dir'].name}: sv_layer_{layer}_step_{step}.npy is absent or broken")
+def spectra_at(pairs, layer):
+    """Singular values (head_dim,) of the keys at each of [(run, row)]: each head divided by its largest, mean
+    over heads. A missing or broken file is named and left out."""
+    found = []
+    for run, row in pairs:
+        name = f"sv_layer_{layer}_step_{row['step']}.npy"
+        try:
+            s = np.load(run["dir"] / name).astype(float)
+            found.append((s / s[:, :1]).mean(0))
+        except (OSError, ValueError, EOFError):
+            print(f"missing: {run['dir'].name}: {name} is absent or broken")
+    return found
 
 
 # ---- what the figures share
@@ -138,15 +130,14 @@ def pr_label(runs):
     return f"mean PR1 of keys after RoPE, of {' or '.join(map(str, tops))}"
 
 
-def legend(fig, handles, title=None):
+def legend(fig, handles, title):
     """One legend under the whole figure, in as many columns as fit; a figure grows with its rows."""
     for ncols in (2, 1) if len(handles) == 4 else (3, 2, 1):
         box = fig.legend(handles=handles, loc="outside lower center", ncols=ncols, title=title)
         if ncols == 1 or box.get_window_extent().width < 0.98 * fig.bbox.width:
             break
         box.remove()
-    if isinstance(fig, Figure):
-        fig.set_figheight(fig.get_figheight() + 0.18 * max(0, math.ceil(len(handles) / ncols) - 2))
+    fig.set_figheight(fig.get_figheight() + 0.18 * max(0, math.ceil(len(handles) / ncols) - 2))
 
 
 def arm_handles(main, text=lambda group: "", **look):
@@ -162,20 +153,16 @@ def seeds_text(group):
 
 def curve_legend(fig, studies, names, key, digits):
     """The legend of a figure of curves, with each arm's mean at the end of its budget."""
-    def numbers(group):
+    def text(group):
         ends = [[value(r["rows"][-1], key) for r in finished(group) if r in study] for study in studies]
-        texts = [f"{np.mean(y):.{digits}f}" if y else "none" for y in ends]
-        return ": " + ", ".join(texts) if any(ends) else ""
+        means = ", ".join(f"{np.mean(y):.{digits}f}" if y else "none" for y in ends)
+        return f": {means}" * any(ends) + seeds_text(group) * (not names)
 
-    if names:
-        handles = arm_handles(sum(studies, []), numbers, linestyle="none")
-        handles += [Line2D([], [], color=GREY, lw=2, linestyle=d, label=n) for n, d in zip(names, DASHES)]
-        note = "lines: means over seeds; numbers: at the end of the budget, in the order of the names"
-    else:
-        handles = arm_handles(studies[0], lambda group: numbers(group) + seeds_text(group))
-        note = ("thick: mean over seeds; thin: each seed; shading: min to max; "
-                "numbers: at the end of the budget")
-    legend(fig, handles, note)
+    handles = arm_handles(sum(studies, []), text, **dict(linestyle="none") if names else {})
+    handles += [Line2D([], [], color=GREY, lw=2, linestyle=d, label=n) for n, d in zip(names, DASHES)]
+    legend(fig, handles, "lines: means over seeds; numbers: at the end of the budget, in the names' order"
+           if names else "thick: mean over seeds; thin: each seed; shading: min to max; "
+                         "numbers: at the end of the budget")
 
 
 def tokens_axis(ax, start, end, ticks=6):
@@ -189,11 +176,10 @@ def curves(ax, studies, key, start, informative, ticks=6):
     """Thin line of each seed, mean line and shading of each arm against tokens from `start` on. Values from
     `informative` tokens on rule the axis, those of diverged runs only where there is no other."""
     runs = sum(studies, [])
-    shown = [series(r, key) for r in alive(runs) or runs]
-    values = np.concatenate([y[x >= informative] for x, y in shown])
-    values = values if len(values) else np.concatenate([y for _, y in shown])
-    pad, end = 0.04 * np.ptp(values) or 0.1, max(series(r, key)[0][-1] for r in runs)
-    low, high = values.min() - pad, values.max() + pad
+    x, y = np.hstack([series(r, key) for r in alive(runs) or runs])
+    y = y[x >= informative] if x.max() >= informative else y
+    pad, end = 0.04 * np.ptp(y) or 0.1, max(series(r, key)[0][-1] for r in runs)
+    low, high = y.min() - pad, y.max() + pad
     tokens_axis(ax, start, end, ticks)
     ax.set_ylim(low, high)
     for dash, main in zip(DASHES, studies):
@@ -207,10 +193,11 @@ def curves(ax, studies, key, start, informative, ticks=6):
                 if lost and x[-1] >= start:
                     ax.plot(x[-1], np.clip(y[-1], low, high), "X", color=color, markersize=11,
                             markeredgecolor="white", clip_on=False, zorder=5)
-            x, y = over_seeds(alive(group), key)
-            if len(x):
-                marks = np.flatnonzero(np.isin(x, [t for run in group for t in checkpoints(run)]))
-                ax.plot(x, y.mean(0), **look, linewidth=2, markevery=list(marks))
+            at = [dict(zip(*series(run, key))) for run in alive(group)]
+            if x := sorted(set.intersection(*map(set, at))) if at else []:
+                y = np.array([[values[t] for t in x] for values in at])
+                marks = [i for i, t in enumerate(x) if any(t in checkpoints(run) for run in group)]
+                ax.plot(x, y.mean(0), **look, linewidth=2, markevery=marks)
                 ax.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.18, linewidth=0)
 
 
@@ -246,21 +233,21 @@ def loss_vs_pr(main, last):
     every, final = axes = fig.subplots(1, 2, width_ratios=[3, 2])
     counts, labels = sorted(set().union(*map(checkpoints, main))), []
     for i, tokens in enumerate(counts):
-        means = []
+        late, at_last = (i + 1) / len(counts), tokens == last
         for arm, group in by_arm(main).items():
-            for run in group:
-                row, lost = checkpoints(run).get(tokens), run["status"] == "diverged"
-                edge = dict(markeredgecolor="black" if tokens == last else "none", markeredgewidth=0.8)
-                look = dict(marker="x") if lost else dict(edge, marker=STYLE[arm]["marker"])
-                for ax in axes[:1 + (tokens == last)] if row else []:
-                    late = 1 if ax is final else (i + 1) / len(counts)
-                    ax.plot(row["mean_pr"], row["val_loss"], color=STYLE[arm]["color"],
-                            alpha=0.35 + 0.65 * late, markersize=3 + 5 * late, **look)
-            if at := rows_at(group, tokens):
-                means.append(tuple(np.mean([(row["mean_pr"], row["val_loss"]) for _, row in at], 0)))
+            color = STYLE[arm]["color"]
+            for run in (r for r in group if tokens in checkpoints(r)):
+                row, lost = checkpoints(run)[tokens], run["status"] == "diverged"
+                for ax in axes[:1 + at_last]:
+                    ax.plot(row["mean_pr"], row["val_loss"], "x" if lost else STYLE[arm]["marker"],
+                            color=color, alpha=0.35 + 0.65 * late, markersize=3 + 5 * late,
+                            markeredgecolor=color if lost else "black" if at_last else "none",
+                            markeredgewidth=0.8)
+        means = [tuple(np.mean([(row["mean_pr"], row["val_loss"]) for _, row in at], 0))
+                 for group in by_arm(main).values() if (at := rows_at(group, tokens))]
         if means:
             x, y = zip(*sorted(means))
-            for ax in axes[:1 + (tokens == last)]:
+            for ax in axes[:1 + at_last]:
                 ax.plot(x, y, color=GREY, linewidth=0.9, zorder=0)
             labels.append((amount(tokens), (x[-1], y[-1])))
     every.margins(x=0.15)
@@ -276,20 +263,18 @@ def loss_vs_pr(main, last):
     every.set_title("all token checkpoints; larger is later", color=GREY, fontsize=9)
     final.set_title(f"at {amount(last)} tokens only", color=GREY, fontsize=9)
     fig.suptitle("Does a higher participation ratio go with a lower loss?")
-    lost = " (x: it diverged later)" * (len(alive(main)) < len(main))
     legend(fig, arm_handles(main, seeds_text),
-           f"a point: a run at a checkpoint{lost}; grey lines: arm means at equal tokens")
+           "a point: a run at a checkpoint (x: it diverged later); grey lines: arm means at equal tokens")
     return fig
 
 
 def pr_heatmap(main, last):
     groups, n_layer, top = by_arm(main), main[0]["config"]["n_layer"], head_dim(main[0]["config"])
-    table, heads = np.full((n_layer, len(groups)), np.nan), []
-    for j, (arm, group) in enumerate(groups.items()):
-        at = rows_at(group, last)
-        if at:
-            table[:, j] = np.mean([layer_values(row, "pr") for _, row in at], 0)
-        state = f"mean {table[:, j].mean():.1f}" if at else "not there yet" if alive(group) else "diverged"
+    none, heads = [[np.nan] * n_layer], []
+    table = np.array([np.mean([layer_values(row, "pr") for _, row in rows_at(group, last)] or none, 0)
+                      for group in groups.values()]).T
+    for (arm, group), mean in zip(groups.items(), table.mean(0)):
+        state = f"mean {mean:.1f}" if mean > 0 else "not there yet" if alive(group) else "diverged"
         heads.append(textwrap.fill(LABELS[arm], 64 // len(groups), break_on_hyphens=False) + f"\n{state}")
     tall, lines = n_layer > 12, max(head.count("\n") for head in heads)
     fig = Figure((WIDTH, max(3.2, 1.4 + 0.15 * lines + n_layer * (0.25 if tall else 0.38))))
@@ -309,17 +294,14 @@ def pr_heatmap(main, last):
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
     bar = fig.colorbar(image, ax=ax, pad=0.02)
-    bar.set_label(f"PR1 of keys after RoPE, of {top}\nmean over heads and seeds")
     init = np.mean([series(r, "mean_pr")[1][0] for r in main])
-    ticks = [1, *(t for t in MaxNLocator(7).tick_values(1, top) if 1 < t < 0.95 * top), top]
-    ticks = [t for t in ticks if abs(t - init) > 0.1 * top]
-    bar.set_ticks([*ticks, init], labels=[*(f"{t:g}" for t in ticks), f"init {init:.0f}"])
     bar.ax.axhline(init, color="black", linewidth=1.5)
+    bar.set_label(f"PR1 of keys after RoPE, of {top}\nmean over seeds; line: {init:.0f} at init")
     fig.suptitle(f"Participation ratio of each layer at {amount(last)} tokens")
     return fig
 
 
-def three_layers(fig, n_layer, **kw):
+def three_layers(fig, n_layer):
     """{layer: its axes} for the first, the middle and the last layer, side by side, for singular values."""
     layers = sorted({0, (n_layer + 1) // 2 - 1, n_layer - 1})
     axes = fig.subplots(1, len(layers), sharey=True, squeeze=False)[0]
@@ -330,25 +312,20 @@ def three_layers(fig, n_layer, **kw):
 
 
 def spectra(main, last):
-    fig, lowest = Figure((WIDTH, 4.2)), 1.0
+    fig = Figure((WIDTH, 4.2))
     for layer, ax in three_layers(fig, main[0]["config"]["n_layer"]).items():
-        inits = {False: [], True: []}  # arms of a seed start from the same weights: only QK-Norm changes keys
         for arm, group in by_arm(main).items():
-            inits[group[0]["config"]["qk_norm"]] += [spectrum(r, layer, 0) for r in group]
-            at = [spectrum(r, layer, row["step"]) for r, row in rows_at(group, last)]
-            at = np.array([s for s in at if s is not None])
-            if len(at):
-                index = np.arange(1, at.shape[1] + 1)
-                ax.plot(index, at.mean(0), **STYLE[arm], linewidth=1.8, markevery=(5, 12))
-                ax.fill_between(index, at.min(0), at.max(0), color=STYLE[arm]["color"], alpha=0.18, lw=0)
-                lowest = min(lowest, at.min())
-        for qk_norm, start in inits.items():
-            if start := [s for s in start if s is not None]:
-                ax.plot(range(1, len(start[0]) + 1), np.mean(start, 0), "--" if qk_norm else "-", color=GREY,
-                        linewidth=1, zorder=1)
-    if lowest == 1.0:
-        return f"no run has a spectrum at {amount(last)} tokens"
-    ax.set_ylim(max(0.8 * lowest, 1e-6), 1.2)
+            if at := spectra_at(rows_at(group, last), layer):
+                index, color = range(1, len(at[0]) + 1), STYLE[arm]["color"]
+                ax.plot(index, np.mean(at, 0), **STYLE[arm], linewidth=1.8, markevery=(5, 12))
+                ax.fill_between(index, np.min(at, 0), np.max(at, 0), color=color, alpha=0.18, linewidth=0)
+        for qk_norm, dash in (False, "-"), (True, "--"):  # all else of a seed's arms is the same at step 0
+            begun = [(r, dict(step=0)) for r in main if r["config"]["qk_norm"] == qk_norm]
+            if at := spectra_at(begun, layer):
+                ax.plot(range(1, len(at[0]) + 1), np.mean(at, 0), dash, color=GREY, linewidth=1, zorder=1)
+    if not ax.lines:
+        return None
+    ax.set_ylim(max(ax.get_ylim()[0], 1e-6), 1.2)
     fig.suptitle(f"Singular values of the keys at {amount(last)} tokens")
     legend(fig, arm_handles(main, seeds_text) + [Line2D([], [], color=GREY, lw=1, label="init (step 0)")],
            "mean over heads and seeds; shading: min to max of the seeds; init dashed: with QK-Norm")
@@ -358,17 +335,15 @@ def spectra(main, last):
 def lr_sweep(sweep, picks):
     ended = [r for r in sweep if r["status"] != "unfinished"]
     if not ended:
-        return "no sweep run has ended"
-    arms = arms_of(sweep)
-    rows = math.ceil(len(arms) / 2)
-    fig = Figure((WIDTH, 0.3 + 2.4 * rows))
-    axes = fig.subplots(rows, 2, sharey=True, squeeze=False).flatten()
-    losses = [r["val_loss"] for r in finished(ended)] or [0, 1]
-    pad = 0.1 * np.ptp(losses) or 0.1
-    roof, several = max(losses) + pad, len({r["config"]["seed"] for r in ended}) > 1
-    for ax, arm in zip(axes, arms):
-        rates, pick, color = by_rate(by_arm(ended).get(arm, [])), picks.get(arm), STYLE[arm]["color"]
-        ax.plot(*mean_by_rate(by_arm(ended).get(arm, []), "val_loss"), **STYLE[arm], linewidth=1.8)
+        return None
+    groups, losses = by_arm(ended), [r["val_loss"] for r in finished(ended)] or [0, 1]
+    pad, several = 0.1 * np.ptp(losses) or 0.1, len({r["config"]["seed"] for r in ended}) > 1
+    n_rows, roof = math.ceil(len(groups) / 2), max(losses) + pad
+    fig = Figure((WIDTH, 0.3 + 2.4 * n_rows))
+    axes = fig.subplots(n_rows, 2, sharey=True, squeeze=False).flatten()
+    for ax, (arm, group) in zip(axes, groups.items()):
+        rates, pick, color = by_rate(group), picks.get(arm), STYLE[arm]["color"]
+        ax.plot(*means_by_rate(group, "val_loss"), **STYLE[arm], linewidth=1.8)
         for lr, runs in rates.items():
             if several:
                 ax.plot([lr] * len(finished(runs)), [r["val_loss"] for r in finished(runs)], "_", color=color,
@@ -377,7 +352,7 @@ def lr_sweep(sweep, picks):
                 ax.plot(lr, roof, "X", color=color, markersize=11, markeredgecolor="white")
                 ax.annotate(f"{lost} of {len(runs)} diverged" if lost < len(runs) else "diverged", (lr, roof),
                             (0, -15), textcoords="offset points", ha="center", fontsize=8)
-        title, notes = f"{LABELS[arm]}: {'none chosen yet' if rates else 'no run yet'}", []
+        title = f"{LABELS[arm]}: none chosen yet"
         if pick:
             star = dict(marker="*", linestyle="none", markeredgecolor="black")
             ties = [(t["lr"], t["val_loss"]) for t in pick["tried"] if t["lr"] in pick["tie"]]
@@ -386,18 +361,16 @@ def lr_sweep(sweep, picks):
             ax.plot(pick["lr"], pick["val_loss"], color=color, markersize=16, **star)
             ax.annotate(f"{pick['val_loss']:.3f}", (pick["lr"], pick["val_loss"]), (0, -18),
                         textcoords="offset points", ha="center", fontsize=8)
-            title = f"{LABELS[arm]}: lr {short(pick['lr'])}"
             notes = ["not bracketed"] * (not pick["bracketed"])
             notes += [f"tie with {' and '.join(map(short, pick['tie']))}"] * bool(ties)
-        line = ", ".join([title, *notes])
-        ax.set_title(line if len(line) < 46 else f"{title},\n{', '.join(notes)}", fontsize=9)
+            title = f"{LABELS[arm]}: lr {short(pick['lr'])}" + ",\n" * bool(notes) + ", ".join(notes)
+        ax.set_title(title, fontsize=9)
         ax.set(xscale="log", ylim=(min(losses) - 2 * pad, roof + 0.7 * pad))
-        if rates:
-            ax.set_xlim(min(rates) / 1.5, max(rates) * 1.5)
-        ax.xaxis.set(major_locator=FixedLocator(sorted(rates)), minor_locator=NullLocator(),
+        ax.set_xlim(min(rates) / 1.5, max(rates) * 1.5)
+        ax.xaxis.set(major_locator=FixedLocator([*rates]), minor_locator=NullLocator(),
                      major_formatter=FuncFormatter(lambda lr, _: short(lr)))
         ax.tick_params(axis="x", rotation=45 if len(rates) > 6 else 0)
-    for ax in axes[len(arms):]:
+    for ax in axes[len(groups):]:
         ax.set_visible(False)
     note = "\nline: mean over seeds; dashes: each seed; hollow star: a tie within their noise" * several
     fig.supylabel(f"{LOSS} at {amount(ended[0]['config']['max_tokens'])} tokens", fontsize=10)
@@ -406,15 +379,14 @@ def lr_sweep(sweep, picks):
     return fig
 
 
-def rates(sweep, neighbours, main, picks, seeds):
+def rates(sweep, neighbours, main, picks):
     """Final loss and mean PR against learning rate: at the sweep's budget; at the main one, of one seed."""
-    ran = [r["config"]["seed"] for r in main]
-    seed = next((s for s in [*(r["config"]["seed"] for r in neighbours), *seeds, *ran] if s in ran), None)
+    seed = next((r["config"]["seed"] for r in neighbours + main), None)
     long = [r for r in main + neighbours if r["config"]["seed"] == seed]
     parts = {name: [r for r in runs if r["status"] != "unfinished"]
              for name, runs in (("sweep", sweep), (f"main budget, seed {seed}", long)) if finished(runs)}
     if not parts:
-        return "no run has finished"
+        return None
     fig = Figure((WIDTH, 6))
     axes = fig.subplots(2, len(parts), sharex=True, squeeze=False)
     axes[1, 0].sharey(axes[1, -1])
@@ -424,7 +396,7 @@ def rates(sweep, neighbours, main, picks, seeds):
             for ax, key in zip(column, ("val_loss", "mean_pr")):
                 points = [(r["config"]["learning_rate"], value(r["rows"][-1], key)) for r in finished(group)]
                 ax.plot(*np.array(points).reshape(-1, 2).T, ".", color=color, alpha=0.4)
-                lrs, means = mean_by_rate(group, key)
+                lrs, means = means_by_rate(group, key)
                 ax.plot(lrs, means, **STYLE[arm], linewidth=1.6)
                 ax.plot(lrs[lrs == pick], means[lrs == pick], "*", color=color, markersize=12,
                         markeredgecolor="black", zorder=3)
@@ -438,9 +410,8 @@ def rates(sweep, neighbours, main, picks, seeds):
     axes[0, 0].set_ylabel(LOSS)
     axes[1, 0].set_ylabel(pr_label(main + sweep).replace(" after", "\nafter"))
     fig.suptitle("Loss and participation ratio by learning rate")
-    lost = "; X: diverged" * any(alive(runs) != runs for runs in parts.values())
-    legend(fig, arm_handles(sweep + main),
-           f"at the end of each budget; lines: means over seeds; dots: runs; star: the chosen rate{lost}")
+    legend(fig, arm_handles(sweep + main), "at the end of each budget; lines: means over seeds; dots: runs; "
+                                           "star: the chosen rate; X: diverged")
     return fig
 
 
@@ -451,12 +422,9 @@ PANELS = {  # title: {key: its name in the legend}
         "mean_pr": "PR1 of keys", "pr_centered": "PR2, centred", "pr_pre_rope": "PR1 before RoPE",
         "pr_weight": "PR2 of gain x W_K"},
     "gradient norm before clipping (log scale)": {"grad_norm": ""},
-    "learning rate": {"lr": ""},
-    "training tokens a second": {"tokens_per_s": ""},
-}
+    "learning rate": {"lr": ""}, "training tokens a second": {"tokens_per_s": ""}}
 HEATS = {"pr": "PR1 of keys after RoPE", "attn_entropy": "attention entropy (nats)",
          "max_logit": "largest attention logit"}
-EVENTS = {"restart": ("#0072B2", "--"), "spot_check": ("#D55E00", ":"), "diverged": ("#000000", "-")}
 
 
 def run_page(run):
@@ -464,7 +432,7 @@ def run_page(run):
     c, rows, panels, heats = run["config"], run["rows"], dict(PANELS), dict(HEATS)
     for key in dict.fromkeys(key for row in rows for key in row if key not in ("step", "tokens")):
         name = re.sub(r"_layer_\d+$", "", key)
-        if name not in {*itertools.chain(*PANELS.values()), *HEATS}:
+        if name not in {*HEATS, *(key for panel in PANELS.values() for key in panel)}:
             (panels if name == key else heats)[name] = {key: ""} if name == key else name
     n, end = len(panels) + len(heats), rows[-1]["tokens"] or c["batch_tokens"]
     height = 1.8 * math.ceil(n / 2)
@@ -475,8 +443,7 @@ def run_page(run):
         for (key, name), color in zip(panel.items(), ("#E69F00", "#0072B2", "#009E73", "#CC79A7")):
             ax.plot(*series(run, key), "." * (len(rows) < 20) + "-", color=color, linewidth=1.4, label=name)
         if len(panel) > 1:
-            ax.legend(fontsize=8, handlelength=1.2, ncols=len(panel) // 2, columnspacing=1,
-                      loc="best" if len(panel) == 2 else "upper right")
+            ax.legend(fontsize=8, handlelength=1.2, ncols=len(panel) // 2, columnspacing=1, loc="upper right")
         ax.set_title(title, fontsize=9)
     loss, pr, norm, _, speed = axes[:len(PANELS)]
     loss.set_ylim(top=min(loss.get_ylim()[1], 2 * math.log(c["vocab_size"])))  # beyond it a run has exploded
@@ -496,166 +463,87 @@ def run_page(run):
         ax.invert_yaxis()
         ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
         ax.set_title(f"{title}, by layer", fontsize=9)
-    marks = {}
-    for e in run["events"]:
-        why = e.get("reason") or ", ".join(e.get("flags", ["a second time"]))
-        if e["event"] in EVENTS and why:
-            marks.setdefault((e["event"], why), []).append(e["tokens"])
     for i, ax in enumerate(axes):
         tokens_axis(ax, 0, end)
         ax.set_visible(i < n)
         if i < n - 2:
             ax.set_xlabel("")
-        for (event, _), tokens in marks.items():
-            for t in tokens:
-                ax.axvline(t, color=EVENTS[event][0], linestyle=EVENTS[event][1], linewidth=1.2)
 
     times = ScalarMappable(matplotlib.colors.Normalize(0, end))
-    due = {row["tokens"]: row for row in rows if (run["dir"] / f"sv_layer_0_step_{row['step']}.npy").exists()}
+    kept = [row for row in rows if (run["dir"] / f"sv_layer_0_step_{row['step']}.npy").exists()]
     three = three_layers(lower, c["n_layer"])
-    for layer, ax in three.items():
-        for tokens, row in sorted((due | checkpoints(run)).items()):
-            if (s := spectrum(run, layer, row["step"])) is not None:
-                ax.plot(range(1, len(s) + 1), s, color=times.to_rgba(tokens), linewidth=1.2)
+    for (layer, ax), row in itertools.product(three.items(), kept):
+        for s in spectra_at([(run, row)], layer):
+            ax.plot(range(1, len(s) + 1), s, color=times.to_rgba(row["tokens"]), linewidth=1.2)
     lower.colorbar(times, ax=[*three.values()], label="tokens", format=FuncFormatter(lambda t, _: amount(t)))
     fig.suptitle(f"{run['dir'].resolve().name}: {run['status']} at {amount(rows[-1]['tokens'])} of "
                  f"{amount(c['max_tokens'])} tokens\n{LABELS.get(c['arm'], c['arm'])}, peak learning rate "
                  f"{short(c['learning_rate'])}, seed {c['seed']}")
-    if marks:
-        legend(lower, [Line2D([], [], color=EVENTS[event][0], linestyle=EVENTS[event][1],
-                              label=f"{event.replace('_', ' ')}: {why} (at {', '.join(map(amount, tokens))})")
-                       for (event, why), tokens in marks.items()])
     return fig
 
 
 # ---- what is asked for
-def missing(study_dir, main, sweep, neighbours, picks, seeds):
-    """Lines on what a whole study would have and this one has not."""
-    scale, arms = (main + sweep)[0]["config"]["scale"], arms_of(main, sweep)
-    have = {r["dir"].relative_to(study_dir).as_posix(): r for r in sweep + main + neighbours}
-    grids = SCALES.get(scale, dict(grids={}))["grids"]
-    due = [f"sweep/{run_name('sweep', arm, lr, seed)}" for arm in arms if arm in grids
-           for lr in grid(scale, arm)
-           for seed in (picks[arm]["seeds"] if arm in picks else read(sweep_seeds, scale))]
-    due += [run_name("main", arm, 0, seed) for seed in seeds for arm in arms]
-    due += [f"neighbours/{run_name('neighbours', arm, lr, 0)}" for arm in arms if neighbours and arm in picks
-            for lr in neighbour_lrs(picks[arm]["lr"])]
-    for name in dict.fromkeys([*due, *have]):
-        run = have.get(name)
-        at = f"at {run['rows'][-1]['tokens']:,} tokens" if run and run["rows"] else "before its first row"
-        if run is None:
-            yield f"missing: {name}: not started"
-        elif run["status"] == "diverged":
-            yield f"diverged: {name}: last row {at}; marked where it shows, left out of means"
-        elif run["status"] == "unfinished":
-            yield f"missing: {name}: unfinished, {at} of {run['config']['max_tokens']:,}"
-    yield from (f"missing: {arm}: no learning rate chosen" for arm in arms if arm not in picks)
-
-
-FIGURES = "1_val_loss 2_mean_pr 3_loss_vs_pr 4_pr_heatmap 5_spectra 6_lr_sweep 7_rates".split()
-
-
-def with_rows(runs):
-    return [r for r in runs if len(series(r, "val_loss")[0]) and len(series(r, "mean_pr")[0])]
+def study_figures(main, sweep, neighbours, picks):
+    """{name: the figure, or None where no run has what it shows}."""
+    shapes = {(r["config"]["n_layer"], head_dim(r["config"])): r["dir"] for r in main}
+    if len(shapes) > 1:
+        fail(f"{' and '.join(map(str, shapes.values()))} differ in layers or head_dim: move one of them away")
+    last = latest_common(main)
+    return {
+        "1_val_loss": val_loss(main) if main else None,
+        "2_mean_pr": mean_pr(main) if main else None,
+        "3_loss_vs_pr": loss_vs_pr(main, last) if last else None,
+        "4_pr_heatmap": pr_heatmap(main, last) if last else None,
+        "5_spectra": spectra(main, last) if last else None,
+        "6_lr_sweep": lr_sweep(sweep, picks),
+        "7_rates": rates(sweep, neighbours, main, picks)}
 
 
 def save(fig, folder, name):
-    """Write a figure as .png and .svg, each aside first; the same data give the same bytes."""
+    """Write a figure as .png and .svg; the same data give the same bytes."""
     for kind, metadata in ("png", {"Software": None}), ("svg", {"Date": None}):
-        data = io.BytesIO()
-        fig.savefig(data, format=kind, dpi=150, metadata=metadata)
-        try:
+        path = folder / f"{name}.{kind}"
+        with errors_in_one_line(f"{path} cannot be written", "make room, or the folder writable"):
             folder.mkdir(exist_ok=True)
-            write_whole(folder / f"{name}.{kind}", lambda f: f.write(data.getvalue()))
-        except OSError as e:
-            fail(f"{folder}/{name}.{kind} cannot be written: {e.strerror or e}")
-
-
-def read(function, *args):
-    """function(*args); where that finds a file that it cannot use, one line and the end."""
-    try:
-        return function(*args)
-    except (ValueError, OSError) as e:
-        fail(e)
-
-
-def draw_study(study_dir):
-    runs = {kind: load_runs(study_dir, kind, print) for kind in KINDS}
-    picks, path = read(chosen, study_dir), study_dir / "preregistered.json"
-    seeds = read(read_json, path, dict(seeds=SEEDS)).get("seeds")
-    if not isinstance(seeds, list):
-        fail(f"{path} names no seeds: restore it, or delete it and register again")
-    shape = lambda r: "n_layer {n_layer}, n_head {n_head}, n_embd {n_embd}".format(**r["config"])
-    usual = collections.Counter(shape(r) for group in runs.values() for r in group).most_common(1)
-    for kind, group in runs.items():
-        for r in (r for r in group if shape(r) != usual[0][0]):
-            print(f"{r['dir']} is left out: it has {shape(r)}, most runs have {usual[0][0]}")
-        runs[kind] = [r for r in group if shape(r) == usual[0][0]]
-    main, sweep, neighbours = (runs[kind] for kind in ("main", "sweep", "neighbours"))
-    if not main and not sweep:
-        fail(f"{study_dir} holds no run: start the study with `bash sweep.sh`, or name another folder")
-    print("\n".join(missing(study_dir, main, sweep, neighbours, picks, seeds)) or "every run is there")
-
-    shown = with_rows(main)
-    figures = dict.fromkeys(FIGURES, f"no main run {'is at a checkpoint' if shown else 'has a log row'} yet")
-    if shown:
-        figures |= {"1_val_loss": val_loss(shown), "2_mean_pr": mean_pr(shown)}
-    if (last := latest_common(shown)) is not None:
-        figures |= {"3_loss_vs_pr": loss_vs_pr(shown, last), "4_pr_heatmap": pr_heatmap(shown, last),
-                    "5_spectra": spectra(shown, last)}
-    figures |= {"6_lr_sweep": lr_sweep(sweep, picks), "7_rates": rates(sweep, neighbours, main, picks, seeds)}
-
-    folder, drawn = study_dir / "figures", [name for name, fig in figures.items() if isinstance(fig, Figure)]
-    for name, fig in figures.items():
-        if name in drawn:
-            save(fig, folder, name)
-        else:
-            print(f"missing: {name}: {fig}")
-            for kind in "png", "svg":  # a figure of an earlier state would pass for one of this
-                (folder / f"{name}.{kind}").unlink(missing_ok=True)
-    if not drawn:
-        fail(f"{study_dir} has nothing to draw yet: let its runs get further and plot again")
-    print(f"{len(drawn)} of {len(figures)} figures in {folder}, as .png and .svg")
-
-
-def draw_run(run_dir):
-    run = read(load_run, run_dir)
-    if not run["rows"]:
-        fail(f"{run_dir} has no log row yet: let it get further and plot again")
-    save(run_page(run), run_dir, "run")
-    print(f"all that {run_dir} has logged is in {run_dir / 'run.png'} and .svg")
-
-
-def compare(folders):
-    paths = [folder.resolve() for folder in folders]
-    if len(set(paths)) < len(paths) or len(paths) > len(DASHES):
-        fail(f"two to {len(DASHES)} folders can be compared, each named once")
-    common = os.path.commonpath(paths)
-    names = [path.name if str(path) == common else os.path.relpath(path, common) for path in paths]
-    studies = [with_rows([read(load_run, f)] if is_run(f) else load_runs(f, "main", print)) for f in folders]
-    for folder, runs in zip(folders, studies):
-        if not by_arm(runs):
-            fail(f"{folder} has no log row of an arm that study.py names: let it get further")
-    folder = folders[-1] if is_run(folders[-1]) else folders[-1] / "figures"
-    save(val_loss(*studies, names=names), folder, "compare_val_loss")
-    save(mean_pr(*studies, names=names), folder, "compare_mean_pr")
-    print(f"{' and '.join(names)}: {folder}/compare_val_loss and compare_mean_pr, as .png and .svg")
-
-
-def is_run(folder):
-    return (folder / "config.json").exists()
+            write_whole(path, lambda f: fig.savefig(f, format=kind, dpi=150, metadata=metadata))
 
 
 def main(args):
-    if not args or any(arg.startswith("-") for arg in args):
-        fail("usage: python plot.py out/SCALE, or a run's folder, or two or more of either to compare them")
+    if len(args) not in (1, 2) or any(arg.startswith("-") for arg in args):
+        fail("usage: python plot.py out/SCALE, or a run's folder, or two of either to compare them")
     folders = [find(arg) for arg in args]
-    if away := [folder for folder in folders if not folder.is_dir()]:
-        fail(f"{away[0]} is no folder: name a study's, such as out/mini, or a run's in it")
-    if len(folders) > 1:
-        compare(folders)
+    alone = [(folder / "config.json").exists() for folder in folders]
+    try:
+        studies = [[[load_run(folder)], [], []] if one else [load_runs(folder, kind, print) for kind in KINDS]
+                   for folder, one in zip(folders, alone)]
+        picks = chosen(folders[0])
+    except (ValueError, OSError) as e:
+        fail(e)
+    for r in (r for study in studies for runs in study for r in runs if r["status"] != "finished"):
+        at = r["rows"][-1]["tokens"] if r["rows"] else 0
+        print(f"{r['status']}: {r['dir']}, at {at:,} of {r['config']['max_tokens']:,} tokens")
+
+    mains = [[r for r in main if len(series(r, "val_loss")[0]) and len(series(r, "mean_pr")[0])]
+             for main, *_ in studies]
+    if len(folders) == 2:
+        figures = {f"compare_{draw.__name__}": draw(*mains, names=args) if all(map(by_arm, mains)) else None
+                   for draw in (val_loss, mean_pr)}
+    elif alone[0]:
+        [run] = studies[0][0]
+        figures = {"run": run_page(run) if run["rows"] else None}
     else:
-        (draw_run if is_run(folders[0]) else draw_study)(folders[0])
+        figures = study_figures(mains[0], *studies[0][1:], picks)
+    folder = folders[-1] if alone[-1] else folders[-1] / "figures"
+    drawn = [name for name, fig in figures.items() if fig]
+    for name in drawn:
+        save(figures[name], folder, name)
+    for name in [name for name in figures if name not in drawn]:
+        print(f"missing: {name}: no run has what it shows yet")
+        for kind in "png", "svg":  # a figure of an earlier state would pass for one of this
+            (folder / f"{name}.{kind}").unlink(missing_ok=True)
+    if not drawn:
+        fail(f"nothing to draw in {' or '.join(args)}: name a study whose runs are far enough, or its run")
+    print(f"{', '.join(drawn)} in {folder}, as .png and .svg")
 
 
 if __name__ == "__main__":

@@ -176,7 +176,7 @@ def neighbours(main, seed, change={}, diverged=()):
 
 def make_study(study_dir, spectra=True, beside=None, **kw):
     """Write study(**kw) under study_dir as the scripts do: config.json, log.jsonl and, with spectra, sv_*.npy
-    of each run, and chosen_lr.json. No checkpoints. beside: arguments of neighbours() as a dict, {} for its
+    of each main run, and chosen_lr.json. No checkpoints. beside: arguments of neighbours() as a dict, {} for its
     defaults; without it that stage was not run. Returns study_dir as a Path."""
     study_dir = Path(study_dir)
     main, sweep, chosen = study(**kw)
@@ -190,7 +190,7 @@ def make_study(study_dir, spectra=True, beside=None, **kw):
         lines = sorted(run["rows"] + run["events"], key=lambda r: (r["step"], order[r.get("event", "row")]))
         (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         kept = {0, run["rows"][-1]["step"], *log_steps(config)[1]}
-        for row in run["rows"] if spectra else []:
+        for row in run["rows"] if spectra and run["dir"].parent == Path() else []:  # nothing reads a sweep run's
             if row["step"] in kept or row["step"] % config["sv_interval"] == 0:
                 for i in range(config["n_layer"]):
                     for name, key, power in ("sv", "pr", 1), ("sv_weight", "pr_weight", 2):
