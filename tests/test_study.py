@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import jobs
 import study
 import system
 from test_smoke import ENV, ROOT, write_data
@@ -36,7 +37,7 @@ def sweep_run(study_dir, arm, lr, loss, seed=1, kind="sweep", **config):
 def fails(capsys, *args):
     """The one line that a command of study.py ends with."""
     with pytest.raises(SystemExit) as e:
-        study.main(list(args))
+        jobs.main(list(args))
     assert str(e.value).startswith("error: ") and "\n" not in str(e.value)
     return str(e.value)
 
@@ -241,10 +242,10 @@ def test_main_waits_for_the_sweep_and_neighbours_for_main(tmp_path, monkeypatch)
         tried=[]) for arm in study.ARMS[:3]}))
     for stage in ("main", "neighbours"):
         with pytest.raises(ValueError, match="no rate for muon_qk: run `bash sweep.sh ci lr` first"):
-            study.run("ci", stage, tmp_path, 1)
+            jobs.run("ci", stage, tmp_path, 1)
     monkeypatch.setattr(study, "ARMS", study.ARMS[:3])
     with pytest.raises(ValueError, match="6 main runs are missing, and neighbours come after them"):
-        study.run("ci", "neighbours", tmp_path, 1)
+        jobs.run("ci", "neighbours", tmp_path, 1)
     runs = study.stage_runs("ci", "neighbours", tmp_path)
     assert [folder.name for folder, _ in runs] == [f"{arm}-lr{lr}" for lr in ("0.005", "0.02") for arm in study.ARMS]
     assert all("--seed=42" in arguments and not any("max_tokens" in a for a in arguments) for _, arguments in runs)
@@ -269,13 +270,13 @@ torch.cuda.get_device_properties = lambda i: types.SimpleNamespace(name="NVIDIA 
 def cuda(monkeypatch):
     """A machine with two CUDA devices, as far as torch can tell."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(study, "COUNT", FAKE + study.COUNT)
+    monkeypatch.setattr(jobs, "COUNT", FAKE + jobs.COUNT)
     monkeypatch.delenv("JOBS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(system, "cores", lambda: 16)
-    study.devices.cache_clear()
+    jobs.devices.cache_clear()
     yield monkeypatch
-    study.devices.cache_clear()
+    jobs.devices.cache_clear()
 
 
 @pytest.mark.parametrize("listed, entries", [
@@ -285,27 +286,27 @@ def cuda(monkeypatch):
 def test_devices_are_counted_by_torch_and_named_as_they_were(cuda, listed, entries):
     if listed is not None:
         cuda.setenv("CUDA_VISIBLE_DEVICES", listed)
-    found, why = study.devices()
+    found, why = jobs.devices()
     assert found == [(entry, "NVIDIA H100", 80 * 2**30) for entry in entries]
-    jobs = study.jobs_at_once()
-    assert jobs == (len(entries) or 16)
+    n_jobs = jobs.jobs_at_once()
+    assert n_jobs == (len(entries) or 16)
     if entries:
-        assert study.device_line(jobs) == f"device: {len(entries)} x NVIDIA H100, 80 GiB; runs at once: {jobs}"
-        assert [study.job_env(slot, jobs)["CUDA_VISIBLE_DEVICES"] for slot in range(jobs)] == entries
+        assert jobs.device_line(n_jobs) == f"device: {len(entries)} x NVIDIA H100, 80 GiB; runs at once: {n_jobs}"
+        assert [jobs.job_env(slot, n_jobs)["CUDA_VISIBLE_DEVICES"] for slot in range(n_jobs)] == entries
     else:
         why = "no CUDA device: No CUDA GPUs are available"
-        assert study.device_line(jobs) == f"device: CPU, 16 cores ({why}); runs at once: 16"
+        assert jobs.device_line(n_jobs) == f"device: CPU, 16 cores ({why}); runs at once: 16"
 
 
 def test_several_jobs_share_a_device_and_its_cores(cuda):
     cuda.delenv("OMP_NUM_THREADS", raising=False)
     cuda.setenv("JOBS", "5")
-    envs = [study.job_env(slot, study.jobs_at_once()) for slot in range(5)]
+    envs = [jobs.job_env(slot, jobs.jobs_at_once()) for slot in range(5)]
     assert [env["CUDA_VISIBLE_DEVICES"] for env in envs] == ["0", "1", "0", "1", "0"]
     assert all((env["GPU_JOBS"], env["OMP_NUM_THREADS"], env["TORCHINDUCTOR_COMPILE_THREADS"]) == ("3", "3",
         "3") for env in envs)
     cuda.setenv("TORCHINDUCTOR_COMPILE_THREADS", "7")
-    env = study.job_env(0, 100)
+    env = jobs.job_env(0, 100)
     assert env["OMP_NUM_THREADS"] == "1" and env["TORCHINDUCTOR_COMPILE_THREADS"] == "7" and env["GPU_JOBS"] == "50"
 
 
@@ -313,23 +314,23 @@ def test_rocm_keeps_its_own_variable(cuda):
     cuda.setattr(torch.version, "cuda", None)
     cuda.setattr(torch.version, "hip", "7.0")
     cuda.setenv("HIP_VISIBLE_DEVICES", "2,3")
-    assert [study.job_env(slot, 2)["HIP_VISIBLE_DEVICES"] for slot in (0, 1)] == ["2", "3"]
-    assert "CUDA_VISIBLE_DEVICES" not in study.job_env(0, 2)
+    assert [jobs.job_env(slot, 2)["HIP_VISIBLE_DEVICES"] for slot in (0, 1)] == ["2", "3"]
+    assert "CUDA_VISIBLE_DEVICES" not in jobs.job_env(0, 2)
 
 
 def test_the_default_scale_follows_the_device(cuda, capsys):
-    study.main(["scale"])
+    jobs.main(["scale"])
     cuda.setattr(torch.version, "cuda", None)
-    study.devices.cache_clear()
-    study.main(["scale"])
+    jobs.devices.cache_clear()
+    jobs.main(["scale"])
     assert capsys.readouterr().out.split() == ["80m", "mini"]
-    assert study.device_line(2) == f"device: CPU, 16 cores (torch {torch.__version__} is a CPU build); runs at once: 2"
+    assert jobs.device_line(2) == f"device: CPU, 16 cores (torch {torch.__version__} is a CPU build); runs at once: 2"
 
 
 # ---- plans, lists, status
 def test_plan_is_five_lines_and_trains_nothing(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(subprocess, "Popen", None)
-    study.plan("80m", tmp_path)
+    jobs.plan("80m", tmp_path)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5 and lines[0].startswith("scale 80m: 79.12M parameters")
     assert "2800.0M training tokens" in lines[0]
@@ -349,18 +350,18 @@ def test_plan_learns_from_this_machine_only(tmp_path, capsys):
             (folder / "source/versions.json").write_text(json.dumps(dict(device=device)))
             os.utime(folder / "config.json", (1000, 1000))
             os.utime(folder / "log.jsonl", (1064, 1064))  # 64 s for 10,240 tokens
-        study.plan("ci", tmp_path)
+        jobs.plan("ci", tmp_path)
         line = capsys.readouterr().out.splitlines()[4]
         if device == "another card":
             assert "no run here yet" in line
     # 15 runs of 64 s and 8 main runs of twice the tokens, by the jobs
-    assert f"about {study.duration((15 * 64 + 8 * 128) / study.jobs_at_once())} here, by its runs so far" in line
+    assert f"about {jobs.duration((15 * 64 + 8 * 128) / jobs.jobs_at_once())} here, by its runs so far" in line
 
 
 def test_plan_refuses_a_full_disk(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda p: type("usage", (), dict(free=10**9)))
     with pytest.raises(ValueError, match="1.0 GB free and the study needs"):
-        study.plan("80m", tmp_path)
+        jobs.plan("80m", tmp_path)
 
 
 def test_list_prints_a_command_a_run():
@@ -392,19 +393,19 @@ def test_status_names_every_state(tmp_path, capsys, monkeypatch):
         (folder / "log.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(spot) + "\n")
     (begun[0] / "progress.json").write_text(json.dumps(dict(step=12, max_steps=20, train_loss=None,
                                                             tokens_per_s=2048.0, time=0)))
-    (begun[1] / "output.txt").write_text(f"error: out of something\n{study.EXIT} 1 after 3 s\n")
+    (begun[1] / "output.txt").write_text(f"error: out of something\n{jobs.EXIT} 1 after 3 s\n")
     (tmp_path / "adamw-seed137").mkdir()
     (tmp_path / "adamw-seed137" / "output.txt").write_text("starting\n")
     shutil.copytree(begun[0], tmp_path / "muon-seed7")
     held = system.lock(begun[0])
-    entries = {e["dir"].name: e for e in study.survey("ci", tmp_path) if e["kind"] == "main"}
+    entries = {e["dir"].name: e for e in jobs.survey("ci", tmp_path) if e["kind"] == "main"}
     states = {name: e["state"] for name, e in entries.items()}
     assert states == {"adamw-seed42": "finished", "adamw_qk-seed42": "diverged", "muon-seed42": "running",
                       "muon-seed137": "failed",
                       "muon_qk-seed42": "unfinished", "adamw-seed137": "waiting", "adamw_qk-seed137": "waiting",
                       "muon_qk-seed137": "waiting"}
     assert entries["muon-seed42"]["step"] == 12 and entries["muon-seed42"]["row"]["train_loss"] == 6.5
-    study.status("ci", tmp_path)
+    jobs.status("ci", tmp_path)
     out = capsys.readouterr().out
     assert "muon-seed7 is left out: its config.json is that of muon-seed42" in out
     line = next(line for line in out.splitlines() if line.startswith("muon-seed42"))
@@ -412,14 +413,14 @@ def test_status_names_every_state(tmp_path, capsys, monkeypatch):
     assert "error: out of something" in next(line for line in out.splitlines() if line.startswith("muon-seed137"))
     assert "2 of 28 runs done, 1 running, 1 unfinished, 1 failed, 1 diverged" in out and "left: " not in out
     held.close()
-    study.status("ci", tmp_path)
+    jobs.status("ci", tmp_path)
     assert "left: training, results.json, figures, report.md; `bash sweep.sh ci` goes on" in capsys.readouterr().out
     # a lock of another machine is not seen from here: fresh files tell
     (begun[0] / "lock").write_text("process 3 on elsewhere\n")
-    assert study.holder(begun[0]) == "process 3 on elsewhere"
+    assert jobs.holder(begun[0]) == "process 3 on elsewhere"
     for name in ("progress.json", "log.jsonl"):
         os.utime(begun[0] / name, (1000, 1000))
-    assert study.holder(begun[0]) == ""
+    assert jobs.holder(begun[0]) == ""
 
 
 def test_time_left_is_learned_from_the_runs_of_a_kind():
@@ -427,27 +428,27 @@ def test_time_left_is_learned_from_the_runs_of_a_kind():
         return dict(kind=kind, state=state, step=step, steps=10, batch_tokens=100, pace=pace)
 
     waiting = [entry("main", "waiting", 0, None)]
-    assert study.seconds_left(waiting, 2) is None
+    assert jobs.seconds_left(waiting, 2) is None
     sweep = [entry("sweep", "finished", 10, p) for p in (0.1, 0.2, 9.0)]
-    assert study.seconds_left(sweep + 4 * waiting, 2) == pytest.approx(4 * 1000 * 0.2 / 2)
-    assert study.seconds_left(sweep + waiting, 2) == pytest.approx(1000 * 0.2)  # two jobs do not halve one run
+    assert jobs.seconds_left(sweep + 4 * waiting, 2) == pytest.approx(4 * 1000 * 0.2 / 2)
+    assert jobs.seconds_left(sweep + waiting, 2) == pytest.approx(1000 * 0.2)  # two jobs do not halve one run
     running = entry("main", "running", 4, 0.5)
-    assert study.seconds_left(sweep + [running], 2) == pytest.approx(600 * 0.5)
+    assert jobs.seconds_left(sweep + [running], 2) == pytest.approx(600 * 0.5)
     main = entry("main", "finished", 10, 0.4)
-    assert study.seconds_left([*sweep, main, running], 2) == pytest.approx(600 * 0.4)
-    assert study.seconds_left(sweep, 2) == 0
+    assert jobs.seconds_left([*sweep, main, running], 2) == pytest.approx(600 * 0.4)
+    assert jobs.seconds_left(sweep, 2) == 0
 
 
 def test_lines_while_it_runs(tmp_path, capsys):
     folder = sweep_run(tmp_path, "muon", 0.01, 5.0, 42, "main", max_tokens=20_480, batch_tokens=1024)
     (folder / "log.jsonl").write_text(json.dumps(dict(step=10, train_loss=6.5, tokens_per_s=1024.0)) + "\n")
-    entries = study.survey("ci", tmp_path)
-    study.show([], "ci", tmp_path, entries, [folder], 2)
+    entries = jobs.survey("ci", tmp_path)
+    jobs.show([], "ci", tmp_path, entries, [folder], 2)
     assert capsys.readouterr().out == "out/ci: 0 of 28 runs done, 1 running, about 3 min of training left\n"
     said = {}
     bars = [type("bar", (), dict(set_description_str=lambda self, line: said.update({id(self): line})))()
             for _ in range(3)]
-    study.show(bars, "ci", tmp_path, entries, [folder], 2)
+    jobs.show(bars, "ci", tmp_path, entries, [folder], 2)
     lines = [said[id(bar)] for bar in bars]
     assert lines[0].startswith("out/ci: 0 of 28 runs done, 1 running") and lines[2] == ""
     assert lines[1].startswith(f"{'muon-seed42':<32} step 10 of 20, train loss 6.5")
@@ -514,7 +515,7 @@ def test_a_scale_is_two_files(tmp_path):
 
     command(copy, "run", "small", "neighbours", **env)
     table = [line.split()[:2] for line in command(copy, "status", "small", **env).splitlines()[1:]]
-    assert sum(words[0].startswith("neighbours/") and words[1] in study.ENDED for words in table) == 4
+    assert sum(words[0].startswith("neighbours/") and words[1] in jobs.ENDED for words in table) == 4
     run = study.load_run(out / "muon_qk_frozen-seed42")
     assert run["status"] == "finished" and study.head_dim(run["config"]) == 32 and run["config"]["qk_gain"] is False
     assert run["config"]["learning_rate"] == study.chosen(out)["muon_qk_frozen"]["lr"]
@@ -546,7 +547,7 @@ def test_signals_reach_all_runs(tmp_path, script, number):
     assert "2 unfinished" in out and "run the same command again to go on" in out and "== eval" not in out
     assert child.returncode == 143
     for folder in folders:
-        assert study.holder(folder) == "" and (folder / "ckpt_rolling.pt").exists()
+        assert jobs.holder(folder) == "" and (folder / "ckpt_rolling.pt").exists()
         assert "run the same command again" in (folder / "output.txt").read_text()
     assert not [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(copy).encode() in p.read_bytes()]
 
@@ -570,8 +571,8 @@ def test_slurm_jobs(tmp_path):
                           env=dict(ENV, ARMS="adamw muon muon_qk", SEEDS="1234",
                                    PATH=f"{tmp_path}/my bin:{os.environ['PATH']}"))
     assert done.returncode == 0, done.stderr
-    jobs = [shlex.split(line) for line in (tmp_path / "jobs").read_text().splitlines()]
-    given = [dict(option.partition("=")[::2] for option in job) for job in jobs]
+    submitted = [shlex.split(line) for line in (tmp_path / "jobs").read_text().splitlines()]
+    given = [dict(option.partition("=")[::2] for option in job) for job in submitted]
     assert all(job["--signal"] == "B:TERM@60" and job["--kill-on-invalid-dep"] == "yes" and "--requeue"
                in job and job["--partition"] == "gpu"
                for job in given)
@@ -597,7 +598,7 @@ def test_only_a_task_whose_time_is_up_is_queued_again(tmp_path, monkeypatch, sta
     monkeypatch.setenv("PATH", f"{tmp_path}:{PATH}")
     for name, value in (("SLURM_JOB_ID", "77"), ("SLURM_ARRAY_JOB_ID", "77"), ("SLURM_ARRAY_TASK_ID", "1")):
         monkeypatch.setenv(name, value)
-    study.requeue()
+    jobs.requeue()
     assert "--jobs=77_1" in (tmp_path / "asked").read_text()
     assert (tmp_path / "told").exists() == again and (not again or (tmp_path / "told").read_text() == "requeue 77_1\n")
 
