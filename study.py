@@ -1,12 +1,12 @@
-"""What a study is: arms, scales, grids, seeds, its runs, how their logs are read, and how they are run.
+"""What a study is: arms, scales, grids, seeds, its runs, and how their logs are read. jobs.py runs it:
 
     python study.py plan SCALE             what the study costs, before it starts
     python study.py status SCALE           every run with its state, wherever it runs
     python study.py list SCALE [STAGE]     the commands that are still needed, one a line, for any scheduler
-    python study.py run SCALE STAGE        run them, JOBS at once, until none is left; STAGE: lr, main or neighbours
+    python study.py run SCALE STAGE        run them, JOBS at once; STAGE: lr, main or neighbours
     python study.py choose SCALE           pick the learning rates once the sweep is done
     python study.py data SCALE             prepare its data, where they are not whole
-    for sweep.sh and slurm.sh: scale [SCALE], count SCALE STAGE, task SCALE STAGE I, count SCALE extend, extend SCALE I
+    for sweep.sh and slurm.sh: scale [SCALE], count SCALE STAGE|extend, task SCALE STAGE I, extend SCALE I
 """
 import functools
 import itertools
@@ -38,11 +38,12 @@ def words(name, default, kind=str):
         fail(f"{name}={text!r}: {wrong[0]!r} is no whole number of 0 or more")
     found = [kind(word) for word in found]
     if not found or len(set(found)) < len(found):
-        fail(f"{name}={text!r} {'names one twice' if found else 'is empty'}: give each once, or leave {name} unset")
+        what = "names one twice" if found else "is empty"
+        fail(f"{name}={text!r} {what}: give each once, or leave {name} unset")
     return found
 
 
-# An arm is a name: its label here, its grid at each scale, config/ARM.py, and the lines that make it different.
+# An arm is a name: its label here, its grid at each scale, config/ARM.py, and what makes it different.
 LABELS = {
     "adamw": "AdamW",
     "adamw_qk": "AdamW + QK-Norm",
@@ -51,7 +52,7 @@ LABELS = {
     "adamw_qk_frozen": "AdamW + QK-Norm, frozen",  # gains of one that do not learn
     "muon_qk_frozen": "Muon + QK-Norm, frozen",
 }
-FACTORIAL = ["adamw", "adamw_qk", "muon", "muon_qk"]  # the 2x2 that contrasts, registration and verdict are about
+FACTORIAL = ["adamw", "adamw_qk", "muon", "muon_qk"]  # the 2x2: contrasts, registration, verdict
 ARMS = words("ARMS", FACTORIAL)  # the arms that are run
 SEEDS = words("SEEDS", [42, 137], int)  # of the main runs
 MAX_EXTENSIONS = 3  # a side: a winner at an edge is not a winner, so the grid grows by factors of two
@@ -59,17 +60,17 @@ FIRST_SWEEP_SEED = 1  # the one that a sweep run's folder does not name
 if unknown := [arm for arm in ARMS if arm not in LABELS]:
     fail(f"ARMS: no arm named {unknown[0]!r}: choose from {' '.join(LABELS)}")
 
-# A scale is config/SCALE.py and its row here. sweep_tokens: of one sweep run, 1/15 of a main run at the plan's scale.
-# sweep_seeds: not main seeds, so that no main run is the run that its learning rate was picked on.
+# A scale is config/SCALE.py and its row here. sweep_tokens: of one sweep run, 1/15 of a main run at the
+# plan's scale. sweep_seeds: not main seeds, so that no main run is the one that its rate was picked on.
 SCALES = {
-    "80m": dict(sweep_tokens=20_000_000, sweep_seeds=[1], grids={  # one seed, as in the plan: 20 runs of 4 GPU minutes
+    "80m": dict(sweep_tokens=20_000_000, sweep_seeds=[1], grids={  # one seed, as in the plan
         "adamw": [1e-4, 3e-4, 6e-4, 1e-3, 2e-3],
         "adamw_qk": [3e-4, 6e-4, 1e-3, 2e-3, 4e-3],
         "muon": [6e-4, 1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3],
         "muon_qk": [6e-4, 1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3],
         "adamw_qk_frozen": [3e-4, 6e-4, 1e-3, 2e-3, 4e-3],
         "muon_qk_frozen": [6e-4, 1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3]}),
-    "4m": dict(sweep_tokens=1_100_000, sweep_seeds=[1, 2, 3], grids={  # three: a third of what the main runs cost
+    "4m": dict(sweep_tokens=1_100_000, sweep_seeds=[1, 2, 3], grids={  # a third of the main runs' cost
         "adamw": [3e-4, 6e-4, 1.2e-3, 2.4e-3, 4.8e-3],
         "adamw_qk": [6e-4, 1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3],
         "muon": [2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2],
@@ -89,16 +90,16 @@ SCALES = {
 
 
 def sweep_seeds(scale):
-    """Seeds of a scale's sweep: SWEEP_SEEDS in the environment, else its row. ValueError where one is a main seed."""
+    """Seeds of a scale's sweep: SWEEP_SEEDS, else its row. ValueError where one is a main seed."""
     seeds = words("SWEEP_SEEDS", SCALES[scale]["sweep_seeds"], int)
     if both := sorted({*seeds} & {*SEEDS}):
-        raise ValueError(f"seed {both[0]} is in SEEDS and in the sweep: a main run must not be the run that its "
-                         f"learning rate was picked on")
+        raise ValueError(f"seed {both[0]} is in SEEDS and in the sweep: a main run must not be the run that "
+                         f"its learning rate was picked on")
     return seeds
 
 
 def grid(scale, arm):
-    """An arm's learning rates at a scale, ascending, each as %g writes it, so that names, commands and logs agree."""
+    """An arm's learning rates, ascending, each as %g writes it, so that names, commands and logs agree."""
     rates = SCALES[scale]["grids"].get(arm)
     if not rates:
         raise ValueError(f"study.py has no grid for {arm} at scale {scale}: add one to SCALES")
@@ -119,7 +120,7 @@ def defaults():
 
 # ---- what a study's folder holds
 def read_json(path, empty=None):
-    """A JSON object, or `empty` where there is no file. ValueError, naming the file, where it is something else."""
+    """A JSON object, or `empty` where there is no file. ValueError, naming it, where it is something else."""
     path = Path(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -133,8 +134,8 @@ def read_json(path, empty=None):
 
 
 def read_log(run_dir):
-    """Rows and events of a run's log.jsonl, as two lists of dicts. A half last line, which a kill can leave, is
-    passed over; any other broken line is a ValueError."""
+    """Rows and events of a run's log.jsonl, as two lists of dicts. A half last line, which a kill can leave,
+    is passed over; any other broken line is a ValueError."""
     rows, events = [], []
     path = Path(run_dir) / "log.jsonl"
     lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
@@ -143,14 +144,14 @@ def read_log(run_dir):
             row = json.loads(line)
             (events if "event" in row else rows).append(row)
         except (ValueError, TypeError):
-            raise ValueError(f"{path}, line {number}: not JSON: restore the file or delete {run_dir}") from None
+            raise ValueError(f"{path}, line {number}: no JSON: restore it or delete {run_dir}") from None
     return rows, events
 
 
 def load_run(run_dir):
-    """One run as {dir, config, rows, events, status, val_loss}. status: 'finished', 'diverged' or 'unfinished';
-    val_loss: the final one in nats a token, inf where diverged, None where unfinished. ValueError for a folder whose
-    config.json is missing or no run's."""
+    """One run as {dir, config, rows, events, status, val_loss}. status: finished, diverged or unfinished;
+    val_loss: the final one in nats a token, inf where diverged, None where unfinished. ValueError for a
+    folder whose config.json is missing or no run's."""
     run_dir = Path(run_dir)
     config = read_json(run_dir / "config.json", {})
     if not {"arm", "seed", "learning_rate"} <= config.keys():
@@ -161,11 +162,12 @@ def load_run(run_dir):
     val_loss = rows[-1].get("val_loss") if rows and status == "finished" else None
     if status == "diverged" or val_loss is not None and not math.isfinite(val_loss):
         status, val_loss = "diverged", math.inf
-    return dict(dir=run_dir, config=defaults() | config, rows=rows, events=events, status=status, val_loss=val_loss)
+    return dict(dir=run_dir, config=defaults() | config, rows=rows, events=events, status=status,
+                val_loss=val_loss)
 
 
-KINDS = {"main": "*-seed*", "sweep": "sweep/*", "neighbours": "neighbours/*"}  # kind of run: its folders in a study's
-STAGES = {"lr": "sweep", "main": "main", "neighbours": "neighbours"}  # stage that trains: the kind of its runs
+KINDS = {"main": "*-seed*", "sweep": "sweep/*", "neighbours": "neighbours/*"}  # kind of run: its folders
+STAGES = {"lr": "sweep", "main": "main", "neighbours": "neighbours"}  # stage that trains: its kind of run
 
 
 def run_name(kind, arm, lr, seed):
@@ -176,8 +178,8 @@ def run_name(kind, arm, lr, seed):
 
 
 def load_runs(study_dir, kind="main", say=lambda line: None):
-    """The runs of one of KINDS in a study folder such as out/mini, sorted by arm in the order of LABELS, then learning
-    rate, then seed. A folder that is damaged, a copy, or of no known arm is left out, and say() is told so."""
+    """The runs of one of KINDS in a study folder such as out/mini, by arm in the order of LABELS, learning
+    rate and seed. A folder that is damaged, a copy, or of no known arm is left out, and say() is told so."""
     runs = []
     for folder in sorted(Path(study_dir).glob(KINDS[kind])):
         if not (folder / "config.json").exists():
@@ -193,8 +195,9 @@ def load_runs(study_dir, kind="main", say=lambda line: None):
             runs.append(run)
         except (ValueError, OSError) as e:
             say(f"{folder} is left out: {e}")
-    order = {arm: i for i, arm in enumerate(LABELS)}
-    return sorted(runs, key=lambda r: (order[r["config"]["arm"]], r["config"]["learning_rate"], r["config"]["seed"]))
+    place = list(LABELS).index
+    return sorted(runs, key=lambda r: (place(r["config"]["arm"]), r["config"]["learning_rate"],
+                                       r["config"]["seed"]))
 
 
 def arms_of(*runs):
@@ -209,7 +212,7 @@ def head_dim(config):
 
 
 def layer_values(row, name):
-    """The values of `name`_layer_0, _1, ... of a log row, as a list: name is pr, pr_centered, pr_pre_rope, pr_weight,
+    """The values of `name`_layer_0, _1, ... of a log row: name is pr, pr_centered, pr_pre_rope, pr_weight,
     attn_entropy or max_logit."""
     values = []
     while f"{name}_layer_{len(values)}" in row:
@@ -218,25 +221,26 @@ def layer_values(row, name):
 
 
 def chosen(study_dir):
-    """chosen_lr.json, or {} where there is none: {arm: {lr, val_loss, bracketed, tie, seeds, tokens, tried}}. val_loss
-    is the mean over the sweep's seeds; tie lists the neighbouring rates that lie within the noise of the winner's;
-    tried is [{lr, val_loss, status, val_losses}], val_losses one a seed, None where one diverged. ValueError for a file
-    that is no such thing."""
+    """chosen_lr.json, or {} where there is none: {arm: {lr, val_loss, bracketed, tie, seeds, tokens, tried}}.
+    val_loss is the mean over the sweep's seeds; tie lists the neighbouring rates within the winner's noise;
+    tried is [{lr, val_loss, status, val_losses}], val_losses one a seed, None where one diverged. ValueError
+    for a file that is no such thing."""
     path = Path(study_dir) / "chosen_lr.json"
     picks = read_json(path, {})
     if any(not isinstance(pick, dict) or not {"lr", "val_loss", "bracketed", "tried"} <= pick.keys()
            for pick in picks.values()):
         raise ValueError(f"{path} holds no chosen learning rates: restore it, or delete it and choose again")
-    return {arm: dict(dict(tie=[], seeds=[pick.get("seed", FIRST_SWEEP_SEED)]), **pick) for arm, pick in picks.items()}
+    return {arm: dict(tie=[], seeds=[pick.get("seed", FIRST_SWEEP_SEED)]) | pick
+            for arm, pick in picks.items()}
 
 
 def default_lr(scale, arm):
-    """(learning rate, where it is from) of an arm: the sweep's winner in out/SCALE/chosen_lr.json, else the middle of
+    """(learning rate, where it is from) of an arm: the winner in out/SCALE/chosen_lr.json, else the middle of
     its grid."""
     if pick := chosen(ROOT / "out" / scale).get(arm):
         return pick["lr"], f"the winner of {len(pick['tried'])} in out/{scale}/chosen_lr.json"
     rates = grid(scale, arm)
-    return rates[len(rates) // 2], f"the middle of the {arm} grid, since out/{scale}/chosen_lr.json has no winner yet"
+    return rates[len(rates) // 2], f"the middle of the {arm} grid: out/{scale}/chosen_lr.json has no winner"
 
 
 def finite(x):
@@ -253,32 +257,38 @@ FREE = {"out_dir", "data_dir", "device", "compile", "micro_batch", "ckpt_interva
 
 
 def open_run(out_dir, config, meta, device):
-    """Take a run's folder for this process: lock it, and check settings and data against those that it began with; or, in a new
-    one, write config.json and a copy of the source. Returns the lock, to be held. ValueError or OSError where that fails."""
+    """Take a run's folder for this process: lock it, and check settings and data against those that it began
+    with; or, in a new one, write config.json and a copy of the source. Returns the lock, to be held.
+    ValueError or OSError where that fails."""
     out_dir.mkdir(parents=True, exist_ok=True)
     lock = system.lock(out_dir)
     if old := read_json(out_dir / "config.json"):
         known = defaults() | old
-        differ = [f"{k} {known[k]!r} -> {config[k]!r}" for k in config if k not in FREE and known[k] != config[k]]
-        if differ:
-            raise ValueError(f"{out_dir} was made with other settings ({', '.join(differ)}): give another --out_dir or delete it")
+        if differ := [k for k in config if k not in FREE and known[k] != config[k]]:
+            differ = ", ".join(f"{k} {known[k]!r} -> {config[k]!r}" for k in differ)
+            raise ValueError(f"{out_dir} was made with other settings ({differ}): give another --out_dir or "
+                             f"delete it")
         if changed := [k for k in ("train_sha256", "val_sha256") if old.get("data", {}).get(k) != meta[k]]:
-            raise ValueError(f"{config['data_dir']} changed since the run in {out_dir} began ({', '.join(changed)}): bring the old "
-                             f"data back, or give another --out_dir")
+            raise ValueError(f"{config['data_dir']} changed since the run in {out_dir} began "
+                             f"({', '.join(changed)}): bring the old data back, or give another --out_dir")
         return lock
     with torch.device("meta"):
         num_params = GPT(gpt_config(config)).num_params()
     (out_dir / "source").mkdir(exist_ok=True)
-    for path in [p for p in (*ROOT.glob("*.py"), *ROOT.glob("*.sh")) if not p.name.startswith("test_")]:
-        shutil.copy(path, out_dir / "source")
+    for path in (*ROOT.glob("*.py"), *ROOT.glob("*.sh")):
+        if not path.name.startswith("test_"):
+            shutil.copy(path, out_dir / "source")
     try:
-        commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"], capture_output=True, text=True).stdout
+        commit = subprocess.run(["git", "-C", ROOT, "describe", "--always", "--dirty"],
+                                capture_output=True, text=True).stdout
     except OSError:  # no git: the copy of the source says it all
         commit = ""
     system.write_text(out_dir / "source" / "versions.json", json.dumps(dict(
-        python=platform.python_version(), torch=torch.__version__, numpy=np.__version__, commit=commit.strip() or "unknown",
-        device=system.device_name(device), threads=torch.get_num_threads(), platform=platform.platform())))
-    system.write_text(out_dir / "config.json", json.dumps(dict(config, data=meta, num_params=num_params), indent=1))
+        python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
+        commit=commit.strip() or "unknown", device=system.device_name(device),
+        threads=torch.get_num_threads(), platform=platform.platform())))
+    config = dict(config, data=meta, num_params=num_params)
+    system.write_text(out_dir / "config.json", json.dumps(config, indent=1))
     return lock
 
 
@@ -286,7 +296,8 @@ def missing_spectra(run_dir, n_layer):
     """Names of spectra that the log speaks of and the folder lacks."""
     rows, events = read_log(run_dir)
     steps = [0] * bool(rows) + [e["step"] for e in events if e["event"] == "spot_check"]
-    names = [f"{kind}_layer_{i}_step_{s}.npy" for s in steps for kind in ("sv", "sv_weight") for i in range(n_layer)]
+    names = [f"{kind}_layer_{i}_step_{s}.npy" for s in steps for kind in ("sv", "sv_weight")
+             for i in range(n_layer)]
     return [name for name in names if not (Path(run_dir) / name).exists()]
 
 
@@ -294,7 +305,7 @@ LOGIT_FLAG = 100  # the threshold tau of QK-Clip in Kimi K2 (arXiv:2507.20534)
 
 
 def spot_check(run_dir, row):
-    """Step 6 of the plan, as an event: the row of a token checkpoint against the checkpoint before it (or step 0)."""
+    """Step 6 of the plan, as an event: the row of a token checkpoint against the one before (or step 0)."""
     rows, events = read_log(run_dir)
     before = next((e for e in reversed(events) if e["event"] == "spot_check"), (rows or [row])[0])
     loss, pr, logit = (finite(x) for x in (row["val_loss"], row["mean_pr"], largest_logit(row)))
@@ -302,8 +313,8 @@ def spot_check(run_dir, row):
     falling = None not in (loss, before["val_loss"]) and loss < before["val_loss"]
     flags = ["not finite"] * nan + ["val loss not falling"] * (not falling) + \
         [f"largest logit above {LOGIT_FLAG}"] * (logit is not None and logit > LOGIT_FLAG)
-    return dict(event="spot_check", step=row["step"], tokens=row["tokens"], val_loss=loss, falling=falling, nan=nan,
-                mean_pr=pr, mean_pr_before=finite(before["mean_pr"]), max_logit=logit,
+    return dict(event="spot_check", step=row["step"], tokens=row["tokens"], val_loss=loss, falling=falling,
+                nan=nan, mean_pr=pr, mean_pr_before=finite(before["mean_pr"]), max_logit=logit,
                 max_logit_before=finite(largest_logit(before)), flags=flags)
 
 
@@ -322,7 +333,7 @@ def spot_check_line(e):
 
 # ---- the runs of a stage
 def sweep_results(study_dir, arm, seeds=None):
-    """{learning rate: {seed: final val loss, inf where diverged}} of an arm's ended sweep runs, of `seeds` or all."""
+    """{learning rate: {seed: final val loss, inf where diverged}} of an arm's ended sweep runs."""
     results = {}
     for run in load_runs(study_dir, "sweep"):
         c = run["config"]
@@ -332,9 +343,9 @@ def sweep_results(study_dir, arm, seeds=None):
 
 
 def winner(results):
-    """(lr, bracketed, tie) of sweep_results(): the lowest mean over seeds of the final val loss; bracketed if both its
-    neighbours were run too; tie: the neighbours whose mean lies less than two standard errors of the difference higher,
-    sqrt(s_a^2 / n + s_b^2 / n), which one seed does not give."""
+    """(lr, bracketed, tie) of sweep_results(): the lowest mean over seeds of the final val loss; bracketed if
+    both its neighbours were run too; tie: the neighbours whose mean lies less than two standard errors of the
+    difference higher, sqrt(s_a^2 / n + s_b^2 / n), which one seed does not give."""
     lrs = sorted(results)
     losses = {lr: list(results[lr].values()) for lr in lrs}
     mean = {lr: sum(losses[lr]) / len(losses[lr]) for lr in lrs}
@@ -348,8 +359,8 @@ def winner(results):
 
 
 def missing_lrs(scale, arm, study_dir):
-    """(learning rate, seed) of what an arm's sweep still has to run: what is left of its grid; then, while the winner
-    is at an edge, one point a factor of two further out, at most MAX_EXTENSIONS a side."""
+    """[(learning rate, seed)] that an arm's sweep still has to run: what is left of its grid; then, while the
+    winner is at an edge, one point a factor of two further out, at most MAX_EXTENSIONS a side."""
     rates, seeds = grid(scale, arm), sweep_seeds(scale)
     results = sweep_results(study_dir, arm, seeds)
     begun = [lr for lr in results if lr not in rates]  # an extension whose seeds have not all run
@@ -364,19 +375,20 @@ def missing_lrs(scale, arm, study_dir):
 
 
 def neighbour_lrs(lr):
-    """Half and twice a rate: the rates at which the stage `neighbours` trains an arm for the whole main budget."""
+    """Half and twice a rate: the stage `neighbours` trains an arm at both for the whole main budget."""
     return float(f"{lr / 2:.6g}"), float(f"{lr * 2:.6g}")
 
 
 def stage_runs(scale, stage, study_dir, fixed=False):
-    """[(run folder, arguments of train.py)] that a stage still has to run; arms take turns, so that the first jobs
-    compile different graphs and the others find them in the cache. fixed: the list of a fresh study."""
+    """[(run folder, arguments of train.py)] that a stage still has to run; arms take turns, so that the first
+    jobs compile different graphs and the others find them in the cache. fixed: the list of a fresh study."""
     study_dir = Path(study_dir)
     if stage == "lr":
         due = {arm: [(lr, seed) for seed in sweep_seeds(scale) for lr in grid(scale, arm)] if fixed
                else missing_lrs(scale, arm, study_dir) for arm in ARMS}
         keys = ["--n_ckpt=0", f"--max_tokens={SCALES[scale]['sweep_tokens']}"]
-        runs = [(study_dir / "sweep" / run_name("sweep", arm, lr, seed), arm, seed, [f"--learning_rate={lr:g}", *keys])
+        runs = [(study_dir / "sweep" / run_name("sweep", arm, lr, seed), arm, seed,
+                 [f"--learning_rate={lr:g}", *keys])
                 for turn in itertools.zip_longest(*([(arm, *point) for point in due[arm]] for arm in ARMS))
                 for arm, lr, seed in filter(None, turn)]
     elif stage == "main":
@@ -385,7 +397,8 @@ def stage_runs(scale, stage, study_dir, fixed=False):
         picks = chosen(study_dir)
         runs = [(study_dir / "neighbours" / run_name("neighbours", arm, lr, SEEDS[0]), arm, SEEDS[0],
                  [f"--learning_rate={lr:g}", "--n_ckpt=0"])
-                for side in (0, 1) for arm in ARMS if arm in picks for lr in [neighbour_lrs(picks[arm]["lr"])[side]]]
+                for side in (0, 1) for arm in ARMS if arm in picks
+                for lr in [neighbour_lrs(picks[arm]["lr"])[side]]]
     begun = [] if fixed else load_runs(study_dir, STAGES[stage])
     ended = [run["dir"] for run in begun if run["status"] != "unfinished"]
     return [(d, [f"config/{scale}.py", f"config/{arm}.py", f"--seed={seed}", *keys,
@@ -393,7 +406,7 @@ def stage_runs(scale, stage, study_dir, fixed=False):
 
 
 def choose(scale, study_dir):
-    """Pick each arm's learning rate by its sweep and write chosen_lr.json. ValueError while runs are missing."""
+    """Pick each arm's rate by its sweep and write chosen_lr.json. ValueError while runs are missing."""
     if missing := stage_runs(scale, "lr", study_dir):
         raise ValueError(f"the sweep in {study_dir} lacks {len(missing)} runs, such as {missing[0][0].name}: "
                          f"run `bash sweep.sh {scale} lr`")
@@ -404,11 +417,12 @@ def choose(scale, study_dir):
         seeds = sorted(results[best])
         mean = {lr: sum(losses.values()) / len(losses) for lr, losses in results.items()}
         if math.isinf(mean[best]):
-            raise ValueError(f"{arm} diverged at every learning rate in {study_dir}/sweep: lower its grid in study.py")
+            raise ValueError(f"{arm} diverged at every rate in {study_dir}/sweep: lower its grid in study.py")
         picks[arm] = dict(
             lr=best, val_loss=mean[best], bracketed=bracketed, tie=tie, seeds=seeds,
             tokens=SCALES[scale]["sweep_tokens"],
-            tried=[dict(lr=lr, val_loss=finite(mean[lr]), status="finished" if finite(mean[lr]) else "diverged",
+            tried=[dict(lr=lr, val_loss=finite(mean[lr]),
+                        status="finished" if finite(mean[lr]) else "diverged",
                         val_losses=[finite(results[lr][s]) for s in seeds]) for lr in sorted(results)])
         notes = ", not bracketed" * (not bracketed)
         notes += f", a tie with {' and '.join(f'{lr:g}' for lr in tie)}" * bool(tie)
