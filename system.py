@@ -223,7 +223,11 @@ def lock(folder):
     another process has it."""
     f = open(Path(folder) / "lock", "a+", encoding="utf-8")
     try:
-        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:  # whoever asks how a study stands holds it for a moment
+            time.sleep(0.2)
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         f.seek(0)
         raise ValueError(f"{folder} is in use by {f.read().strip() or 'another process'}: wait for it "

@@ -1,4 +1,5 @@
 """study.py and sweep.sh: grids, choice, stages, devices, plans, status, signals, SLURM."""
+import fcntl
 import json
 import math
 import os
@@ -8,12 +9,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+import jobs
 import study
 import system
 from test_smoke import ENV, ROOT, write_data
@@ -23,12 +26,12 @@ PATH = os.path.dirname(sys.executable) + ":" + os.environ["PATH"]
 
 def sweep_run(study_dir, arm, lr, loss, seed=1, kind="sweep", **config):
     """A run as train.py leaves it; loss None: diverged."""
-    folder = study_dir / {"main": "", "sweep": "sweep", "neighbours": "neighbours"}[kind] / study.run_name(kind,
-        arm, lr, seed)
+    folder = study_dir / ("" if kind == "main" else kind) / study.run_name(kind, arm, lr, seed)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(dict(arm=arm, seed=seed, learning_rate=lr) | config))
-    rows = [dict(step=0, val_loss=8.0)] + ([dict(step=9, val_loss=loss), dict(event="finished", step=9)] if loss else
-    [dict(event="diverged", step=5)])
+    end = [dict(step=9, val_loss=loss), dict(event="finished", step=9)] if loss else [
+        dict(event="diverged", step=5)]
+    rows = [dict(step=0, val_loss=8.0), *end]
     (folder / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return folder
 
@@ -36,7 +39,7 @@ def sweep_run(study_dir, arm, lr, loss, seed=1, kind="sweep", **config):
 def fails(capsys, *args):
     """The one line that a command of study.py ends with."""
     with pytest.raises(SystemExit) as e:
-        study.main(list(args))
+        jobs.main(list(args))
     assert str(e.value).startswith("error: ") and "\n" not in str(e.value)
     return str(e.value)
 
@@ -53,7 +56,8 @@ def test_grid_grows_until_the_winner_is_bracketed(tmp_path):
         sweep_run(tmp_path, "muon", lr, loss(lr))
     for outer in (0.128, 0.256, 0.512):
         assert study.missing_lrs("mini", "muon", tmp_path) == [(outer, 1)]
-        sweep_run(tmp_path, "muon", outer, loss(outer) if outer < 0.5 else None)  # a diverged run brackets too
+        # a diverged run brackets too
+        sweep_run(tmp_path, "muon", outer, loss(outer) if outer < 0.5 else None)
     assert study.missing_lrs("mini", "muon", tmp_path) == []
     assert study.winner(study.sweep_results(tmp_path, "muon")) == (0.256, True, [])
 
@@ -118,7 +122,7 @@ def test_the_lowest_mean_wins_and_near_ones_tie():
     # no neighbour, however near, is a tie; of both sides each may be
     assert study.winner(results([5.0, 5.1, 5.2], far, [4.9, 5.0, 5.1], [4.95, 5.0, 5.12]))[2] == [8e-3]
     assert study.winner(results([5.0, 5.2], [4.9, 5.1], [4.95, 5.2]))[2] == [1e-3, 4e-3]
-    # the lowest single run does not win; one diverged seed rules a rate out; one seed gives no noise to tie by
+    # the lowest single run does not win; one diverged seed rules a rate out; one seed gives no noise
     assert study.winner(results([4.0, 6.0], [4.8, 4.9], [4.9, 5.0]))[0] == 2e-3
     assert study.winner(results([4.0, math.inf], [4.8, 4.9], [4.9, 5.0])) == (2e-3, True, [4e-3])
     assert study.winner(results([5.0], [4.9], [4.9001])) == (2e-3, True, [])
@@ -128,7 +132,8 @@ def test_choose_with_several_seeds(tmp_path, monkeypatch):
     """Losses one a seed, None where one diverged; runs of a seed that is no longer asked for do not count."""
     monkeypatch.setenv("SWEEP_SEEDS", "1 2")
     monkeypatch.setattr(study, "ARMS", ["muon"])
-    losses = {4e-3: (5.0, 5.2), 8e-3: (4.9, 5.1), 1.6e-2: (4.0, None), 3.2e-2: (6.0, 6.0), 6.4e-2: (None, None)}
+    losses = {4e-3: (5.0, 5.2), 8e-3: (4.9, 5.1), 1.6e-2: (4.0, None), 3.2e-2: (6.0, 6.0),
+              6.4e-2: (None, None)}
     for lr, seeds in losses.items():
         for seed, loss in enumerate(seeds, 1):
             sweep_run(tmp_path, "muon", lr, loss, seed)
@@ -173,7 +178,8 @@ def test_numbers_that_are_none(tmp_path):
         (folder / "log.jsonl").write_text(json.dumps(row | dict(step=0)) + "\n")
         event = study.spot_check(folder, row)
         json.dumps(event, allow_nan=False)
-        assert event["nan"] and "not finite" in event["flags"] and "NOT falling" in study.spot_check_line(event)
+        assert event["nan"] and "not finite" in event["flags"]
+        assert "NOT falling" in study.spot_check_line(event)
 
 
 # ---- what a person types
@@ -184,7 +190,8 @@ def test_numbers_that_are_none(tmp_path):
     ("SWEEP_SEEDS", "7,seven", "'seven'"),
     ("SWEEP_SEEDS", "", "is empty"), ("JOBS", "0", "one whole number of 1 or more"),
     ("JOBS", "-1", "'-1' is no whole number"),
-    ("JOBS", "two", "'two' is no whole number"), ("JOBS", "1 2", "one whole number"), ("JOBS", "", "is empty")])
+    ("JOBS", "two", "'two' is no whole number"), ("JOBS", "1 2", "one whole number"),
+    ("JOBS", "", "is empty")])
 def test_lists_that_make_no_sense(monkeypatch, capsys, name, text, says):
     monkeypatch.setenv(name, text)
     if name == "SEEDS":
@@ -200,19 +207,16 @@ def test_lists_with_commas(monkeypatch):
     assert study.words("SEEDS", [1], int) == [42, 137, 7, 8]
 
 
-@pytest.mark.parametrize("env, says", [
-    (dict(ARMS="muon sgd"), "error: ARMS: no arm named 'sgd'"),
-    (dict(ARMS="muon,muon"), "error: ARMS='muon,muon' names one twice"),
-    (dict(SEEDS="a"), "error: SEEDS='a': 'a' is no whole number")])
-def test_wrong_lists_end_sweep_in_one_line(env, says):
-    done = subprocess.run(["bash", str(ROOT / "sweep.sh"), "ci", "lr"], capture_output=True, text=True, cwd="/",
-                          env=dict(ENV, PATH=PATH, **env))
-    assert done.returncode and not done.stdout and len(done.stderr.splitlines()) == 1 and done.stderr.startswith(says)
+def test_wrong_lists_end_sweep_in_one_line():
+    done = subprocess.run(["bash", str(ROOT / "sweep.sh"), "ci", "lr"], capture_output=True, text=True,
+                          cwd="/", env=dict(ENV, PATH=PATH, ARMS="muon sgd"))
+    assert done.returncode and not done.stdout and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: ARMS: no arm named 'sgd'")
 
 
 @pytest.mark.parametrize("args", [
-    ["scale"], ["plan"], ["status"], ["list"], ["list", "lr"], ["run", "lr"], ["choose"], ["data"], ["count", "lr"],
-    ["task", "main", "0"], ["extend", "0"]])
+    ["scale"], ["plan"], ["status"], ["list"], ["list", "lr"], ["run", "lr"], ["choose"], ["data"],
+    ["count", "lr"], ["task", "main", "0"], ["extend", "0"]])
 def test_a_main_seed_is_no_sweep_seed(monkeypatch, capsys, args):
     monkeypatch.setenv("SWEEP_SEEDS", "3 137")
     assert "seed 137 is in SEEDS and in the sweep" in fails(capsys, args[0], "ci", *args[1:])
@@ -233,7 +237,8 @@ def test_wild_arguments(capsys, args, says):
 def test_wrong_scale_of_the_study():
     done = subprocess.run(["bash", str(ROOT / "sweep.sh"), "80b"], capture_output=True, text=True, cwd="/",
                           env=dict(ENV, PATH=PATH))
-    assert done.returncode and done.stderr.strip() == "error: scale '80b' is not known: choose one of 80m, 4m, mini, ci"
+    assert done.returncode
+    assert done.stderr.strip() == "error: scale '80b' is not known: choose one of 80m, 4m, mini, ci"
 
 
 def test_main_waits_for_the_sweep_and_neighbours_for_main(tmp_path, monkeypatch):
@@ -241,27 +246,29 @@ def test_main_waits_for_the_sweep_and_neighbours_for_main(tmp_path, monkeypatch)
         tried=[]) for arm in study.ARMS[:3]}))
     for stage in ("main", "neighbours"):
         with pytest.raises(ValueError, match="no rate for muon_qk: run `bash sweep.sh ci lr` first"):
-            study.run("ci", stage, tmp_path, 1)
+            jobs.run("ci", stage, tmp_path, 1)
     monkeypatch.setattr(study, "ARMS", study.ARMS[:3])
     with pytest.raises(ValueError, match="6 main runs are missing, and neighbours come after them"):
-        study.run("ci", "neighbours", tmp_path, 1)
+        jobs.run("ci", "neighbours", tmp_path, 1)
     runs = study.stage_runs("ci", "neighbours", tmp_path)
-    assert [folder.name for folder, _ in runs] == [f"{arm}-lr{lr}" for lr in ("0.005", "0.02") for arm in study.ARMS]
-    assert all("--seed=42" in arguments and not any("max_tokens" in a for a in arguments) for _, arguments in runs)
+    assert [folder.name for folder, _ in runs] == [
+        f"{arm}-lr{lr}" for lr in ("0.005", "0.02") for arm in study.ARMS]
+    assert all("--seed=42" in given and not any("max_tokens" in a for a in given) for _, given in runs)
 
 
 # ---- devices
 FAKE = """
-import os, types, torch
+import os, sys, types
 listed = os.environ.get("CUDA_VISIBLE_DEVICES")
 listed = ["0", "1"] if listed is None else [e for e in listed.split(",") if e]
 if any(e.startswith("MIG") for e in listed):
     listed = listed[:1]  # as CUDA does
 def init():
     if not listed:
-        raise RuntimeError("No CUDA GPUs are available. Ever.")
-torch.cuda.init, torch.cuda.device_count = init, lambda: len(listed)
-torch.cuda.get_device_properties = lambda i: types.SimpleNamespace(name="NVIDIA H100", total_memory=80 * 2**30)
+        raise RuntimeError("No CUDA GPUs are available")
+sys.modules["torch"] = types.SimpleNamespace(cuda=types.SimpleNamespace(  # the real one takes seconds
+    init=init, device_count=lambda: len(listed),
+    get_device_properties=lambda i: types.SimpleNamespace(name="NVIDIA H100", total_memory=80 * 2**30)))
 """
 
 
@@ -269,67 +276,67 @@ torch.cuda.get_device_properties = lambda i: types.SimpleNamespace(name="NVIDIA 
 def cuda(monkeypatch):
     """A machine with two CUDA devices, as far as torch can tell."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(study, "COUNT", FAKE + study.COUNT)
+    monkeypatch.setattr(jobs, "COUNT", FAKE + jobs.COUNT)
     monkeypatch.delenv("JOBS", raising=False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(system, "cores", lambda: 16)
-    study.devices.cache_clear()
+    jobs.devices.cache_clear()
     yield monkeypatch
-    study.devices.cache_clear()
+    jobs.devices.cache_clear()
 
 
 @pytest.mark.parametrize("listed, entries", [
-    (None, ["0", "1"]), ("0, 1", ["0", "1"]), ("3", ["3"]), ("GPU-8932f937-d72c", ["GPU-8932f937-d72c"]),
-    ("GPU-a,GPU-b", ["GPU-a", "GPU-b"]),
+    (None, ["0", "1"]), ("0, 1", ["0", "1"]), ("3", ["3"]), ("GPU-a,GPU-b", ["GPU-a", "GPU-b"]),
     ("MIG-1,MIG-2, MIG-3", ["MIG-1", "MIG-2", "MIG-3"]), ("", []), ("1,0", ["1", "0"])])
-def test_devices_are_counted_by_torch_and_named_as_they_were(cuda, listed, entries):
+def test_devices_are_counted_by_torch_and_named_as_they_were(cuda, capsys, tmp_path, listed, entries):
     if listed is not None:
         cuda.setenv("CUDA_VISIBLE_DEVICES", listed)
-    found, why = study.devices()
-    assert found == [(entry, "NVIDIA H100", 80 * 2**30) for entry in entries]
-    jobs = study.jobs_at_once()
-    assert jobs == (len(entries) or 16)
+    found, why = jobs.devices()
+    assert found == [({"CUDA_VISIBLE_DEVICES": entry}, "NVIDIA H100", 80 * 2**30) for entry in entries]
+    at_once = jobs.jobs_at_once()
+    assert at_once == (len(entries) or 16)
+    jobs.plan("ci", tmp_path)
+    what = f"{len(entries)} x NVIDIA H100, 80 GiB" if entries else \
+        "CPU, 16 cores (RuntimeError: No CUDA GPUs are available)"
+    assert f"  device: {what}; runs at once: {at_once}\n" in capsys.readouterr().out
     if entries:
-        assert study.device_line(jobs) == f"device: {len(entries)} x NVIDIA H100, 80 GiB; runs at once: {jobs}"
-        assert [study.job_env(slot, jobs)["CUDA_VISIBLE_DEVICES"] for slot in range(jobs)] == entries
-    else:
-        why = "no CUDA device: No CUDA GPUs are available"
-        assert study.device_line(jobs) == f"device: CPU, 16 cores ({why}); runs at once: 16"
+        assert [jobs.job_env(slot, at_once)["CUDA_VISIBLE_DEVICES"] for slot in range(at_once)] == entries
 
 
 def test_several_jobs_share_a_device_and_its_cores(cuda):
     cuda.delenv("OMP_NUM_THREADS", raising=False)
     cuda.setenv("JOBS", "5")
-    envs = [study.job_env(slot, study.jobs_at_once()) for slot in range(5)]
+    envs = [jobs.job_env(slot, jobs.jobs_at_once()) for slot in range(5)]
     assert [env["CUDA_VISIBLE_DEVICES"] for env in envs] == ["0", "1", "0", "1", "0"]
     assert all((env["GPU_JOBS"], env["OMP_NUM_THREADS"], env["TORCHINDUCTOR_COMPILE_THREADS"]) == ("3", "3",
         "3") for env in envs)
     cuda.setenv("TORCHINDUCTOR_COMPILE_THREADS", "7")
-    env = study.job_env(0, 100)
-    assert env["OMP_NUM_THREADS"] == "1" and env["TORCHINDUCTOR_COMPILE_THREADS"] == "7" and env["GPU_JOBS"] == "50"
+    env = jobs.job_env(0, 100)
+    assert env["OMP_NUM_THREADS"] == "1" and env["GPU_JOBS"] == "50"
+    assert env["TORCHINDUCTOR_COMPILE_THREADS"] == "7"
 
 
 def test_rocm_keeps_its_own_variable(cuda):
     cuda.setattr(torch.version, "cuda", None)
     cuda.setattr(torch.version, "hip", "7.0")
     cuda.setenv("HIP_VISIBLE_DEVICES", "2,3")
-    assert [study.job_env(slot, 2)["HIP_VISIBLE_DEVICES"] for slot in (0, 1)] == ["2", "3"]
-    assert "CUDA_VISIBLE_DEVICES" not in study.job_env(0, 2)
+    assert [jobs.job_env(slot, 2)["HIP_VISIBLE_DEVICES"] for slot in (0, 1)] == ["2", "3"]
+    assert "CUDA_VISIBLE_DEVICES" not in jobs.job_env(0, 2)
 
 
 def test_the_default_scale_follows_the_device(cuda, capsys):
-    study.main(["scale"])
+    jobs.main(["scale"])
     cuda.setattr(torch.version, "cuda", None)
-    study.devices.cache_clear()
-    study.main(["scale"])
+    jobs.devices.cache_clear()
+    jobs.main(["scale"])
     assert capsys.readouterr().out.split() == ["80m", "mini"]
-    assert study.device_line(2) == f"device: CPU, 16 cores (torch {torch.__version__} is a CPU build); runs at once: 2"
+    assert jobs.devices()[1] == f"torch {torch.__version__} is a CPU build"
 
 
 # ---- plans, lists, status
 def test_plan_is_five_lines_and_trains_nothing(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(subprocess, "Popen", None)
-    study.plan("80m", tmp_path)
+    jobs.plan("80m", tmp_path)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5 and lines[0].startswith("scale 80m: 79.12M parameters")
     assert "2800.0M training tokens" in lines[0]
@@ -349,18 +356,19 @@ def test_plan_learns_from_this_machine_only(tmp_path, capsys):
             (folder / "source/versions.json").write_text(json.dumps(dict(device=device)))
             os.utime(folder / "config.json", (1000, 1000))
             os.utime(folder / "log.jsonl", (1064, 1064))  # 64 s for 10,240 tokens
-        study.plan("ci", tmp_path)
+        jobs.plan("ci", tmp_path)
         line = capsys.readouterr().out.splitlines()[4]
         if device == "another card":
             assert "no run here yet" in line
     # 15 runs of 64 s and 8 main runs of twice the tokens, by the jobs
-    assert f"about {study.duration((15 * 64 + 8 * 128) / study.jobs_at_once())} here, by its runs so far" in line
+    took = jobs.duration((15 * 64 + 8 * 128) / jobs.jobs_at_once())
+    assert f"about {took} here, by its runs so far" in line
 
 
 def test_plan_refuses_a_full_disk(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda p: type("usage", (), dict(free=10**9)))
     with pytest.raises(ValueError, match="1.0 GB free and the study needs"):
-        study.plan("80m", tmp_path)
+        jobs.plan("80m", tmp_path)
 
 
 def test_list_prints_a_command_a_run():
@@ -392,65 +400,81 @@ def test_status_names_every_state(tmp_path, capsys, monkeypatch):
         (folder / "log.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(spot) + "\n")
     (begun[0] / "progress.json").write_text(json.dumps(dict(step=12, max_steps=20, train_loss=None,
                                                             tokens_per_s=2048.0, time=0)))
-    (begun[1] / "output.txt").write_text(f"error: out of something\n{study.EXIT} 1 after 3 s\n")
+    (begun[1] / "output.txt").write_text(f"error: out of something\n{jobs.FAILED} 1\n")
     (tmp_path / "adamw-seed137").mkdir()
     (tmp_path / "adamw-seed137" / "output.txt").write_text("starting\n")
     shutil.copytree(begun[0], tmp_path / "muon-seed7")
     held = system.lock(begun[0])
-    entries = {e["dir"].name: e for e in study.survey("ci", tmp_path) if e["kind"] == "main"}
+    entries = {e["dir"].name: e for e in jobs.survey("ci", tmp_path) if e["kind"] == "main"}
     states = {name: e["state"] for name, e in entries.items()}
     assert states == {"adamw-seed42": "finished", "adamw_qk-seed42": "diverged", "muon-seed42": "running",
                       "muon-seed137": "failed",
-                      "muon_qk-seed42": "unfinished", "adamw-seed137": "waiting", "adamw_qk-seed137": "waiting",
+                      "muon_qk-seed42": "unfinished", "adamw-seed137": "waiting",
+                      "adamw_qk-seed137": "waiting",
                       "muon_qk-seed137": "waiting"}
     assert entries["muon-seed42"]["step"] == 12 and entries["muon-seed42"]["row"]["train_loss"] == 6.5
-    study.status("ci", tmp_path)
+    jobs.status("ci", tmp_path)
     out = capsys.readouterr().out
     assert "muon-seed7 is left out: its config.json is that of muon-seed42" in out
     line = next(line for line in out.splitlines() if line.startswith("muon-seed42"))
     assert line.split() == "muon-seed42 running 12/20 6.5000 6.4000 20.00 2,048 val loss not falling".split()
-    assert "error: out of something" in next(line for line in out.splitlines() if line.startswith("muon-seed137"))
+    line = next(line for line in out.splitlines() if line.startswith("muon-seed137"))
+    assert "error: out of something" in line
     assert "2 of 28 runs done, 1 running, 1 unfinished, 1 failed, 1 diverged" in out and "left: " not in out
     held.close()
-    study.status("ci", tmp_path)
-    assert "left: training, results.json, figures, report.md; `bash sweep.sh ci` goes on" in capsys.readouterr().out
+    jobs.status("ci", tmp_path)
+    left = "left: training, results.json, figures, report.md; `bash sweep.sh ci` goes on"
+    assert left in capsys.readouterr().out
     # a lock of another machine is not seen from here: fresh files tell
     (begun[0] / "lock").write_text("process 3 on elsewhere\n")
-    assert study.holder(begun[0]) == "process 3 on elsewhere"
-    for name in ("progress.json", "log.jsonl"):
-        os.utime(begun[0] / name, (1000, 1000))
-    assert study.holder(begun[0]) == ""
+    assert jobs.is_running(begun[0])
+    os.utime(begun[0] / "progress.json", (1000, 1000))
+    assert not jobs.is_running(begun[0])
+
+
+def test_a_look_at_a_starting_run_does_not_stop_it(tmp_path):
+    """Who asks for the state holds the lock for a moment; who stays keeps others out."""
+    (tmp_path / "lock").touch()
+    look = open(tmp_path / "lock")
+    fcntl.flock(look, fcntl.LOCK_SH)
+    threading.Timer(0.1, look.close).start()
+    held = system.lock(tmp_path)
+    with pytest.raises(ValueError, match="in use by process"):
+        system.lock(tmp_path)
+    held.close()
 
 
 def test_time_left_is_learned_from_the_runs_of_a_kind():
     def entry(kind, state, step, pace):
-        return dict(kind=kind, state=state, step=step, steps=10, batch_tokens=100, pace=pace)
+        return dict(kind=kind, state=state, step=step, steps=10, tokens=100, pace=pace)
 
     waiting = [entry("main", "waiting", 0, None)]
-    assert study.seconds_left(waiting, 2) is None
+    assert jobs.seconds_left(waiting, 2) is None
     sweep = [entry("sweep", "finished", 10, p) for p in (0.1, 0.2, 9.0)]
-    assert study.seconds_left(sweep + 4 * waiting, 2) == pytest.approx(4 * 1000 * 0.2 / 2)
-    assert study.seconds_left(sweep + waiting, 2) == pytest.approx(1000 * 0.2)  # two jobs do not halve one run
+    assert jobs.seconds_left(sweep + 4 * waiting, 2) == pytest.approx(4 * 1000 * 0.2 / 2)
+    assert jobs.seconds_left(sweep + waiting, 2) == pytest.approx(1000 * 0.2)  # two jobs do not halve one run
     running = entry("main", "running", 4, 0.5)
-    assert study.seconds_left(sweep + [running], 2) == pytest.approx(600 * 0.5)
+    assert jobs.seconds_left(sweep + [running], 2) == pytest.approx(600 * 0.5)
     main = entry("main", "finished", 10, 0.4)
-    assert study.seconds_left([*sweep, main, running], 2) == pytest.approx(600 * 0.4)
-    assert study.seconds_left(sweep, 2) == 0
+    assert jobs.seconds_left([*sweep, main, running], 2) == pytest.approx(600 * 0.4)
+    assert jobs.seconds_left(sweep, 2) == 0
 
 
 def test_lines_while_it_runs(tmp_path, capsys):
     folder = sweep_run(tmp_path, "muon", 0.01, 5.0, 42, "main", max_tokens=20_480, batch_tokens=1024)
-    (folder / "log.jsonl").write_text(json.dumps(dict(step=10, train_loss=6.5, tokens_per_s=1024.0)) + "\n")
-    entries = study.survey("ci", tmp_path)
-    study.show([], "ci", tmp_path, entries, [folder], 2)
+    row = dict(step=10, train_loss=6.5, tokens_per_s=1024.0)
+    (folder / "log.jsonl").write_text(json.dumps(row) + "\n")
+    held = system.lock(folder)
+    jobs.show([], "ci", tmp_path, 2)
     assert capsys.readouterr().out == "out/ci: 0 of 28 runs done, 1 running, about 3 min of training left\n"
     said = {}
     bars = [type("bar", (), dict(set_description_str=lambda self, line: said.update({id(self): line})))()
             for _ in range(3)]
-    study.show(bars, "ci", tmp_path, entries, [folder], 2)
+    jobs.show(bars, "ci", tmp_path, 2)
     lines = [said[id(bar)] for bar in bars]
     assert lines[0].startswith("out/ci: 0 of 28 runs done, 1 running") and lines[2] == ""
-    assert lines[1].startswith(f"{'muon-seed42':<32} step 10 of 20, train loss 6.5")
+    assert lines[1] == f"{'muon-seed42':<32} step 10 of 20, train loss 6.5000, 1,024 tokens/s, 10 s left"
+    held.close()
 
 
 # ---- runs: a scale of one's own, signals, orphans
@@ -483,40 +507,40 @@ def command(folder, *args, ok=True, **env):
 
 
 def test_a_scale_is_two_files(tmp_path):
-    """A scale with head dim 32 and data of one's own, with two arms, from its list to its neighbours."""
-    copy, env = project(tmp_path / "project", "small"), dict(ARMS="adamw muon_qk_frozen", SEEDS="42", JOBS="2")
+    """A scale with head dim 32 and data of one's own, from its list to its neighbours."""
+    copy, env = project(tmp_path / "project", "small"), dict(ARMS="muon_qk_frozen", SEEDS="42 7", JOBS="2")
     out = copy / "out/small"
     assert "is whole, 40,000 tokens for training and 4,000 for validation: nothing to make" in command(copy,
         "data", "small")
-    assert len(command(copy, "list", "small", **env).splitlines()) == 2 * 3 + 2
-    assert command(copy, "plan", "small", **env).startswith("scale small: 0.09M parameters, 2 layers, width 64")
-    assert "no rate for adamw" in command(copy, "run", "small", "main", ok=False, **env)
+    assert len(command(copy, "list", "small", **env).splitlines()) == 3 + 2
+    told = command(copy, "plan", "small", **env)
+    assert told.startswith("scale small: 0.09M parameters, 2 layers, width 64")
+    assert "no rate for muon_qk_frozen" in command(copy, "run", "small", "main", ok=False, **env)
     told = command(copy, "run", "small", "lr", **env)
-    assert "adamw-lr0.01: val loss " in told and "of training left" in told
+    assert "muon_qk_frozen-lr0.01: val loss " in told and "of training left" in told
     command(copy, "choose", "small", **env)
-    assert set(study.chosen(out)) == {"adamw", "muon_qk_frozen"}
+    assert set(study.chosen(out)) == {"muon_qk_frozen"}
 
-    # someone else, such as an orphan, holds the first main run: named, not failed; the other goes on
-    (out / "adamw-seed42").mkdir()
-    held = system.lock(out / "adamw-seed42")
+    # someone else, such as an orphan, holds the first main run, which is named; the other goes on
+    first = out / "muon_qk_frozen-seed42"
+    first.mkdir()
+    held = system.lock(first)
     told = command(copy, "run", "small", "main", ok=False, **env)
-    assert f"adamw-seed42: in use by process {os.getpid()} on " in told and "muon_qk_frozen-seed42: val loss" in told
-    assert "1 runs did not end (adamw-seed42)" in told and not (out / "adamw-seed42/output.txt").exists()
+    assert "muon_qk_frozen-seed42: error: " in told and f"is in use by process {os.getpid()} on " in told
+    assert "1 runs did not end (muon_qk_frozen-seed42)" in told and "muon_qk_frozen-seed7: val loss" in told
     held.close()
-    # a run that fails is named with its reason; it is 'failed' until it is run again
-    (out / "adamw-seed42/config.json").mkdir()
-    told = command(copy, "run", "small", "main", ok=False, **env)
-    assert "adamw-seed42: error: " in told
-    (out / "adamw-seed42/config.json").rmdir()
-    assert "failed" in next(line for line in command(copy, "status", "small", **env).splitlines()
-                            if line.startswith("adamw-seed42"))
-    assert "adamw-seed42: val loss" in command(copy, "run", "small", "main", **env)
+    # a run that failed is 'failed' until it is run again
+    line = next(line for line in command(copy, "status", "small", **env).splitlines()
+                if line.startswith("muon_qk_frozen-seed42"))
+    assert " failed " in line and "in use by" in line
+    assert "muon_qk_frozen-seed42: val loss" in command(copy, "run", "small", "main", **env)
 
     command(copy, "run", "small", "neighbours", **env)
     table = [line.split()[:2] for line in command(copy, "status", "small", **env).splitlines()[1:]]
-    assert sum(words[0].startswith("neighbours/") and words[1] in study.ENDED for words in table) == 4
-    run = study.load_run(out / "muon_qk_frozen-seed42")
-    assert run["status"] == "finished" and study.head_dim(run["config"]) == 32 and run["config"]["qk_gain"] is False
+    assert sum(words[0].startswith("neighbours/") and words[1] in jobs.ENDED for words in table) == 2
+    run = study.load_run(first)
+    assert run["status"] == "finished" and study.head_dim(run["config"]) == 32
+    assert run["config"]["qk_gain"] is False
     assert run["config"]["learning_rate"] == study.chosen(out)["muon_qk_frozen"]["lr"]
     assert "by its runs so far" in command(copy, "plan", "small", **env)
 
@@ -529,24 +553,22 @@ def test_data_of_ones_own_that_are_not_whole(tmp_path):
     assert "run python data/text/prepare.py" in command(copy, "data", "small", ok=False)
 
 
-@pytest.mark.parametrize("script, number", [("study.py", signal.SIGTERM), ("sweep.sh", signal.SIGHUP)])
-def test_signals_reach_all_runs(tmp_path, script, number):
-    """Every run saves and says how to go on, and nothing is left behind, whichever script got the signal."""
+def test_a_signal_reaches_all_runs(tmp_path):
+    """Every run saves and says how to go on, and nothing is left behind."""
     copy = project(tmp_path / "project", "small", tokens=(50_000, 50_000))
-    start = {"study.py": [sys.executable, "study.py", "run", "small", "lr"],
-             "sweep.sh": ["bash", "sweep.sh", "small", "lr", "eval"]}[script]
+    start = ["bash", "sweep.sh", "small", "lr", "eval"]
     child = subprocess.Popen(start, cwd=copy, env=dict(ENV, JOBS="2", PATH=PATH), stdout=subprocess.PIPE,
                              text=True, start_new_session=True)
     folders = [copy / "out/small/sweep" / name for name in ("adamw-lr0.001", "adamw_qk-lr0.001")]
     deadline = time.time() + 60
     while not all((folder / "log.jsonl").exists() for folder in folders) and time.time() < deadline:
         time.sleep(0.1)
-    child.send_signal(number)
+    child.send_signal(signal.SIGHUP)
     out, _ = child.communicate(timeout=60)
     assert "2 unfinished" in out and "run the same command again to go on" in out and "== eval" not in out
     assert child.returncode == 143
     for folder in folders:
-        assert study.holder(folder) == "" and (folder / "ckpt_rolling.pt").exists()
+        assert not jobs.is_running(folder) and (folder / "ckpt_rolling.pt").exists()
         assert "run the same command again" in (folder / "output.txt").read_text()
     assert not [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(copy).encode() in p.read_bytes()]
 
@@ -559,19 +581,19 @@ def fake(folder, name, script):
 
 
 def test_slurm_jobs(tmp_path):
-    """Signals for the run itself, arrays as long as their stage, paths with blanks, no job that waits for ever."""
+    """Signals for the run itself, arrays as long as their stage, paths with blanks, no endless waiting."""
     folder = tmp_path / "a b"
     copy = project(folder, "small")
     fake(tmp_path / "my bin", "sbatch",
          f"printf '%q ' \"$@\" >> '{tmp_path}/jobs'; echo >> '{tmp_path}/jobs'; wc -l < '{tmp_path}/jobs'")
     fake(tmp_path / "my bin", "python", f"exec {sys.executable} \"$@\"")
-    done = subprocess.run(["bash", "tools/slurm.sh", "small", "--partition=gpu"], cwd=copy, capture_output=True,
-                          text=True,
+    done = subprocess.run(["bash", "tools/slurm.sh", "small", "--partition=gpu"], cwd=copy,
+                          capture_output=True, text=True,
                           env=dict(ENV, ARMS="adamw muon muon_qk", SEEDS="1234",
                                    PATH=f"{tmp_path}/my bin:{os.environ['PATH']}"))
     assert done.returncode == 0, done.stderr
-    jobs = [shlex.split(line) for line in (tmp_path / "jobs").read_text().splitlines()]
-    given = [dict(option.partition("=")[::2] for option in job) for job in jobs]
+    submitted = [shlex.split(line) for line in (tmp_path / "jobs").read_text().splitlines()]
+    given = [dict(option.partition("=")[::2] for option in job) for job in submitted]
     assert all(job["--signal"] == "B:TERM@60" and job["--kill-on-invalid-dep"] == "yes" and "--requeue"
                in job and job["--partition"] == "gpu"
                for job in given)
@@ -591,15 +613,16 @@ def test_slurm_jobs(tmp_path):
 
 @pytest.mark.parametrize("state, again", [("RUNNING", True), ("COMPLETING", False), ("", False)])
 def test_only_a_task_whose_time_is_up_is_queued_again(tmp_path, monkeypatch, state, again):
-    """One that was cancelled is not. A task is named by array and number: the array's alone would name all of them."""
+    """One that was cancelled is not. A task is named by array and number: the array's id names them all."""
     fake(tmp_path, "squeue", f"echo \"$@\" > '{tmp_path}/asked'; echo {state}")
     fake(tmp_path, "scontrol", f"echo \"$@\" > '{tmp_path}/told'")
     monkeypatch.setenv("PATH", f"{tmp_path}:{PATH}")
     for name, value in (("SLURM_JOB_ID", "77"), ("SLURM_ARRAY_JOB_ID", "77"), ("SLURM_ARRAY_TASK_ID", "1")):
         monkeypatch.setenv(name, value)
-    study.requeue()
+    jobs.requeue()
     assert "--jobs=77_1" in (tmp_path / "asked").read_text()
-    assert (tmp_path / "told").exists() == again and (not again or (tmp_path / "told").read_text() == "requeue 77_1\n")
+    told = tmp_path / "told"
+    assert told.exists() == again and (not again or told.read_text() == "requeue 77_1\n")
 
 
 def test_a_task_is_one_run_and_passes_its_signal_on(tmp_path):
@@ -618,7 +641,7 @@ def test_a_task_is_one_run_and_passes_its_signal_on(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not all(map(shutil.which, ("slurmctld", "slurmd", "munged", "sbatch"))) or os.geteuid() != 0,
+@pytest.mark.skipif(os.geteuid() or not all(map(shutil.which, ("slurmctld", "slurmd", "munged", "sbatch"))),
                     reason="needs root and SLURM: apt-get install slurmctld slurmd slurm-client munge")
 def test_slurm_runs_the_study(tmp_path):
     host, path = socket.gethostname().split(".")[0], dict(os.environ, PATH=PATH)
@@ -650,7 +673,8 @@ PartitionName=all Nodes={host} Default=YES MaxTime=INFINITE State=UP
                (["munged", "-F", "--force"], ["slurmctld", "-D"], ["slurmd", "-D", "-N", host])]
     try:
         time.sleep(5)
-        subprocess.run(["scontrol", "update", f"nodename={host}", "state=resume"], env=path, capture_output=True)
+        subprocess.run(["scontrol", "update", f"nodename={host}", "state=resume"], env=path,
+                       capture_output=True)
         done = subprocess.run(["bash", "tools/slurm.sh", "ci"], cwd=copy, env=dict(path, OMP_NUM_THREADS="1"),
                               capture_output=True, text=True)
         assert done.returncode == 0, done.stderr + (tmp_path / "servers.txt").read_text()
