@@ -260,18 +260,14 @@ def evaluate(name, path, local, built, args, old=None, out=None):
     return run
 
 
-def summary(name, run):
-    """A run's main results in one line."""
-    keys = ("hellaswag", "acc_norm"), ("lambada", "acc"), ("wikitext", "word_ppl")
-    found = {key: run.get(key) for key in ("val_loss", "val_ppl")} \
-        | {f"{task} {key}": run.get(task, {}).get(key) for task, key in keys}
-    return f"{name:<18}" + "  ".join(f"{key} {x:.5g}" for key, x in found.items() if x is not None)
+def flat(run):
+    """{key: value} of a run's results; a task's keys begin with its name."""
+    return {f"{key}_{sub}" if sub else key: v for key, value in run.items()
+            for sub, v in (value.items() if isinstance(value, dict) else [("", value)])}
 
 
 def evaluate_study(study_dir, local, args):
     """Write results.json of a study folder. ValueError, once all else is done, for a damaged checkpoint."""
-    if not study_dir.is_dir():
-        raise ValueError(f"{study_dir}: no such folder: give a study's, such as out/mini")
     checkpoints, left_out, damaged, path = {}, {}, [], study_dir / "results.json"
     for run in load_runs(study_dir, say=print):
         name = run["dir"].name
@@ -298,15 +294,17 @@ def evaluate_study(study_dir, local, args):
             if checkpoint.exists() or name not in runs:  # results outlive a checkpoint deleted to save space
                 runs[name] = evaluate(name, checkpoint, local, built, args, runs.get(name),
                                       study_dir / "eval")
-            tqdm.write(summary(name, runs[name]))
+            found = flat(runs[name])
+            keys = "val_loss", "val_ppl", "hellaswag_acc_norm", "lambada_acc", "wikitext_word_ppl"
+            tqdm.write(f"{name:<18}" + "  ".join(f"{key} {found[key]:.5g}" for key in keys if key in found))
         except ValueError as e:  # a damaged file must not keep the others from being evaluated
             left_out[name] = str(e)
             damaged.append(e)
         # each time, as a kill must not lose what is there
         content = dict(protocol=protocol, runs=runs, left_out=left_out)
         write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
-    for line in dict.fromkeys(f"{part} not available: {run[part]['not_available']}" for run in runs.values()
-                              for part in ("val", *TASKS) if "not_available" in run.get(part, {})):
+    for line in dict.fromkeys(f"{key.replace('_', ' ')}: {why}" for run in runs.values()
+                              for key, why in flat(run).items() if key.endswith("not_available")):
         print(line)
     if damaged:
         raise ValueError(f"{len(damaged)} of {len(checkpoints)} runs could not be evaluated: {damaged[0]}")
@@ -350,9 +348,8 @@ def main():
         return evaluate_study(args.study, local, args)
     run = evaluate(args.ckpt.stem, args.ckpt, local, {}, args)
     run.pop("done")
-    for key, value in run.items():
-        for sub, v in value.items() if isinstance(value, dict) else [("", value)]:
-            print(f"{'_'.join(filter(None, (key, sub))) + ':':<38}{v}")
+    for key, value in flat(run).items():
+        print(f"{key + ':':<38}{value}")
 
 
 if __name__ == "__main__":

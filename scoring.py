@@ -44,29 +44,27 @@ def val_losses(model, tokens, dtype):
     return nats, counts
 
 
+def widths(group):
+    """Tokens of a group in the two parts of pack()'s pass."""
+    context, ((_, first), *others) = group
+    return len(context) + len(first) - 1, sum(len(target) - 1 for _, target in others)
+
+
 def share(pairs, block_size):
     """Groups (context, [(index, target), ...]) of consecutive (context, target) pairs: a group has one
     context, cut on the left as lm-eval's hf model does, and its targets fit behind it in a pass of
     block_size tokens. In no group is what cannot be scored: a target of no token, of more than block_size,
     or with nothing before it."""
-    groups, length = [], 0
+    groups = []
     for i, (context, target) in enumerate(pairs):
         if not context or not 0 < len(target) <= block_size:
             continue
         context = (context + target)[-(block_size + 1):][:-len(target)]
-        if groups and groups[-1][0] == context and length + len(target) - 1 <= block_size:
+        if groups and groups[-1][0] == context and sum(widths(groups[-1])) + len(target) - 1 <= block_size:
             groups[-1][1].append((i, target))
-            length += len(target) - 1
         else:
             groups.append((context, [(i, target)]))
-            length = len(context) + len(target) - 1
     return groups
-
-
-def widths(group):
-    """Tokens of a group in the two parts of pack()'s pass."""
-    context, ((_, first), *others) = group
-    return len(context) + len(first) - 1, sum(len(target) - 1 for _, target in others)
 
 
 def batches(groups, limit):
@@ -113,22 +111,12 @@ def pack(groups, device):
 
 def packed_attention(mask):
     """An `attend` for the model's blocks: the last S of T queries look where mask (B, 1, S, T) is True, those
-    before them in causal order."""
+    before them in causal order; without a mask all do."""
     def attend(q, k, v):
         n = q.shape[-2] - mask.shape[-2]
         y = causal_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n])
         return torch.cat((y, F.scaled_dot_product_attention(q[:, :, n:], k, v, attn_mask=mask)), dim=2)
-    return attend
-
-
-def hidden(model, idx, pos, mask):
-    """GPT.hidden() of a pass that pack() made."""
-    if mask is None:
-        return model.hidden(idx)
-    x, cos, sin = model.wte(idx), model.cos[pos].unsqueeze(1), model.sin[pos].unsqueeze(1)
-    for block in model.h:
-        x = block(x, cos, sin, packed_attention(mask))
-    return model.norm(x)
+    return causal_attention if mask is None else attend
 
 
 def score(model, pairs, dtype, desc=None):
@@ -143,7 +131,10 @@ def score(model, pairs, dtype, desc=None):
             idx, pos, mask, rows = pack(batch, device)
             scored = [target for _, targets in batch for target in targets]
             wanted = torch.tensor([token for _, target in scored for token in target], device=device)
-            states = hidden(model, idx, pos, mask).flatten(0, 1)[rows]
+            x, cos, sin = model.wte(idx), model.cos[pos].unsqueeze(1), model.sin[pos].unsqueeze(1)
+            for block in model.h:
+                x = block(x, cos, sin, packed_attention(mask))
+            states = model.norm(x).flatten(0, 1)[rows]
             logps, greedy = [], []
             for h, w in zip(states.split(HEAD_ROWS), wanted.split(HEAD_ROWS)):
                 logits = model.logits(h)
