@@ -63,12 +63,15 @@ def beside(S):
     """(near, absent): near {arm: {lr, loss, pr: values at half, once and twice the rate of its main runs,
     seed}} of the arms that have all three, and lines on what the stage `neighbours` lacks where it was
     begun."""
-    have = {(r["config"]["arm"], r["config"]["learning_rate"]): r for r in S["neighbours"]}
-    seed = S["neighbours"][0]["config"]["seed"] if have else None
+    seed = S["neighbours"][0]["config"]["seed"] if S["neighbours"] else None
+    have = {(r["config"]["arm"], r["config"]["learning_rate"]): r for r in S["neighbours"]
+            if r["config"]["seed"] == seed}
     near, absent = {}, []
     for arm in S["arms"] if have else []:
         main = S["cell"].get((arm, seed))
-        lr = main["config"]["learning_rate"] if main else S["picks"].get(arm, {}).get("lr", np.nan)
+        lr = main["config"]["learning_rate"] if main else S["picks"].get(arm, {}).get("lr")
+        if lr is None:  # named as missing already
+            continue
         low, high = study.neighbour_lrs(lr)
         runs = [have.get((arm, low)), main, have.get((arm, high))]
         late = [study.run_name("neighbours", arm, x, seed) for x, r in ((low, runs[0]), (high, runs[2]))
@@ -118,7 +121,7 @@ def load(study_dir):
     S["title"], S["registration"] = post.title(S), registration_state(S)
     lrs = "; ".join(f"{LABELS[a]} {S['picks'][a]['lr']:g}" for a in S["arms"] if a in S["picks"])
     S["experiment_config"] = experiment_config(S["config"], S["configs"], runs[0]["dir"] if runs else None,
-                                               lrs and f"chosen: {lrs}")
+                                               f"chosen: {lrs}" if lrs else None)
     return S
 
 
@@ -149,8 +152,8 @@ def sweep_seeds(S, arm):
     """Seeds that an arm's sweep has or should have: of its choice, else as registered, else of its runs."""
     old = S["registered"]
     seeds = S["picks"].get(arm, {}).get("seeds") or old.get("sweep_seeds")
-    seeds = seeds or [old[k] for k in ("sweep_seed",) if k in old] or sorted({r["config"]["seed"] for r in S["sweep"]})
-    return seeds or [study.FIRST_SWEEP_SEED]
+    seeds = seeds or [old[k] for k in ("sweep_seed",) if k in old]
+    return seeds or sorted({r["config"]["seed"] for r in S["sweep"]}) or [study.FIRST_SWEEP_SEED]
 
 
 # ---- registration
@@ -316,7 +319,7 @@ def experiment_config(c, configs, run_dir=None, learning_rates=None):
         "Precision": {"float32": "float32", "bfloat16": "bfloat16 autocast over float32 weights",
                       "auto": "bfloat16 autocast over float32 weights where the device multiplies bfloat16 "
                               "in hardware, else float32"}[c["dtype"]],
-        "Learning rates": learning_rates or "grids " + "; ".join(
+        "Learning rates": learning_rates or c["scale"] not in SCALES and "none chosen" or "grids " + "; ".join(
             f"{LABELS[a]} {join(f'{x:g}' for x in study.grid(c['scale'], a))}" for a in arms)}
     lines = [f"{k}: {v}" for k, v in fields.items()]
     return "\n".join(["# Experiment configuration", "", "```", *lines, "```", ""])

@@ -377,6 +377,18 @@ def test_a_study_under_another_name_is_that_of_its_runs(whole, tmp_path):
     assert (d / "report.md").read_text() == (whole / "report.md").read_text()
 
 
+def test_a_study_of_a_scale_that_is_no_more_is_still_made(tmp_path):
+    d = make(tmp_path / "9b", arms=STUDIES["A"])
+    for path in d.glob("**/config.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | dict(scale="9b")))
+    old = report.registration("mini", study.FACTORIAL, [42, 137], [1])
+    (d / "preregistered.json").write_text(json.dumps(old | dict(written="2025-01-01", main_runs_begun=[])))
+    text = post.build(report.load(d))
+    assert "**Verdict: A**" in text and "The scale 9b is no more in study.py" in text
+    (d / "chosen_lr.json").unlink()
+    assert "Learning rates: none chosen" in post.build(report.load(d))
+
+
 @pytest.mark.parametrize("spoil, words", [
     (lambda d: shutil.copytree(d / "muon-seed42", d / "muon-seed42.bak"), "muon-seed42.bak is left out"),
     (lambda d: (d / "adamw-seed7").mkdir() or (d / "adamw-seed7/config.json").write_text(""),

@@ -1,4 +1,4 @@
-"""What a GPU relies on, shown without one: the compiled step, the loop's own structure, devices, the real 80m shape."""
+"""What a step relies on: compiled gradients, one graph, a loop that never waits for the device, the real 80m shape."""
 import ast
 import shutil
 import subprocess
