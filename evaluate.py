@@ -26,20 +26,24 @@ from configurator import ROOT, fail, find
 from model import GPT, gpt_config
 from scoring import adapter, inference, val_losses
 from study import load_runs, read_json
-from system import resolve_device, write_text
+from system import start_device, write_text
 
 sys.path.append(str(ROOT / "data"))
 from tokens import get_encoding, load_bin, load_meta, sha256_of  # noqa: E402
 
-TASKS = {
+TASKS = {  # row: the fields of a local row; valid: a check of it
     "hellaswag": dict(
         yaml="hellaswag/hellaswag.yaml", shots=10,
         files={"train": "hellaswag_train.jsonl", "validation": "hellaswag_validation.jsonl"},
-        fields={"activity_label": str, "ctx_a": str, "ctx_b": str, "endings": list, "label": (str, int)}),
+        row=["activity_label", "ctx_a", "ctx_b", "endings", "label"],
+        valid=lambda row: isinstance(row["endings"], list) and all(row["endings"])
+        and all(isinstance(row[key], str) for key in ("activity_label", "ctx_a", "ctx_b"))
+        and all(isinstance(ending, str) for ending in row["endings"])
+        and str(row["label"]) in map(str, range(len(row["endings"])))),
     "lambada": dict(yaml="lambada/lambada_openai.yaml", shots=0, files={"test": "lambada_openai.jsonl"},
-                    fields={"text": str}),
+                    row=["text"], valid=lambda row: row["text"].strip()),
     "wikitext": dict(yaml="wikitext/wikitext.yaml", shots=0, files={"test": "wikitext_test.jsonl"},
-                     fields={"page": str}),
+                     row=["page"], valid=lambda row: row["page"].strip()),
 }
 FEWSHOT_SEED = 1234  # lm-eval's default, so that its command line draws the same shots
 BOOTSTRAP = 1000
@@ -50,9 +54,6 @@ LM_EVAL = importlib.metadata.version("lm_eval")
 def load_checkpoint(path, device="cpu"):
     """(model, config) of a ckpt_*.pt: a GPT in float32 on `device`; config.json's content with step and
     tokens. ValueError where the file is no checkpoint."""
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file: give a run's ckpt_step_*.pt")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         config = dict(state["config"], step=state["step"], tokens=state["tokens"])
@@ -75,56 +76,26 @@ def fitting_encoding(config):
     return encoding
 
 
-def final_checkpoints(study_dir):
-    """({run name: path of its final checkpoint}, {run name: why it has none}) of a study folder."""
-    found, missing = {}, {}
-    for run in load_runs(study_dir, say=print):
-        path = run["dir"] / f"ckpt_step_{run['rows'][-1]['step'] if run['rows'] else 0}.pt"
-        if run["status"] == "finished" and path.exists():
-            found[path.parent.name] = path
-        else:
-            gone = f", but {path.name} is gone" if run["status"] == "finished" else ""
-            missing[path.parent.name] = run["status"] + gone
-    return found, missing
-
-
 # ---- tasks
-def read_row(line, fields):
-    """A line of a .jsonl file, bytes, as a dict of `fields` {name: type}. ValueError says what is wrong."""
-    try:
-        row = json.loads(line.decode("utf-8-sig"))  # -sig: a file may begin with a byte-order mark
-    except (ValueError, RecursionError):  # among them a number of 5,000 digits, and 5,000 brackets
-        raise ValueError("not JSON in UTF-8") from None
-    if not isinstance(row, dict):
-        raise ValueError("not a JSON object")
-    for field, kind in fields.items():
-        if field not in row:
-            raise ValueError(f"no field {field!r}")
-        if not isinstance(row[field], kind) or field in ("text", "page") and not row[field].strip():
-            raise ValueError(f"{field} is {row[field]!r:.60}")
-    if "endings" in fields:
-        row["label"] = str(row["label"])  # Rowan/hellaswag has strings
-        if not all(isinstance(ending, str) and ending for ending in row["endings"]):
-            raise ValueError("endings are not all texts")
-        if row["label"] not in map(str, range(len(row["endings"]))):
-            wrong = f"label {row['label']!r:.60} names none of"
-            raise ValueError(f"{wrong} the {len(row['endings'])} endings")
-    row = {field: row[field] for field in fields}
-    json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair: UnicodeEncodeError, a ValueError
-    return row
-
-
-def read_rows(path, fields):
-    """The rows of a .jsonl file, as read_row() gives them. ValueError names file and line."""
-    data, rows, wanted = path.read_bytes() if path.exists() else None, [], ", ".join(fields)
-    if not data:
-        gone = "missing" if data is None else "empty"
-        raise ValueError(f"{path} is {gone}: give one row a line, with {wanted}")
-    for number, line in enumerate(data.removesuffix(b"\n").split(b"\n"), 1):
+def read_rows(path, task):
+    """The rows of a .jsonl file, as dicts of the fields of one of TASKS. ValueError names file and line."""
+    if not path.exists():
+        raise ValueError(f"{path} is missing: --rows needs all files of a task")
+    rows = []
+    for number, line in enumerate(path.read_bytes().removesuffix(b"\n").split(b"\n"), 1):
         try:
-            rows.append(read_row(line, fields))
-        except ValueError as e:
-            raise ValueError(f"{path}, line {number}: {e}: a row is a JSON object with {wanted}") from None
+            row = json.loads(line.decode("utf-8-sig"))  # -sig: a file may begin with a byte-order mark
+            row = {field: row[field] for field in task["row"]}
+            json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair cannot be stored
+            valid = task["valid"](row)
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+            valid = False
+        if not valid:
+            text, fields = line.decode(errors="replace"), ", ".join(task["row"])
+            raise ValueError(f"{path}, line {number}: {text!r:.60} is no JSON object in UTF-8 with valid "
+                             f"{fields}")
+        # HellaSwag's own labels are texts, and a Dataset's column has one type
+        rows.append(row | {"label": str(row["label"])} if "label" in row else row)
     return rows
 
 
@@ -134,35 +105,30 @@ def local_rows(rows_dir):
     for name, task in TASKS.items():
         paths = {split: Path(rows_dir) / file for split, file in task["files"].items()}
         if any(path.exists() for path in paths.values()):
-            splits = {split: read_rows(path, task["fields"]) for split, path in paths.items()}
-            if len(shots := splits.get("train", [])) < task["shots"]:
-                few = f"{len(shots)} rows, fewer than the {task['shots']} shots"
-                raise ValueError(f"{paths['train']} has {few}: give more")
+            splits = {split: read_rows(path, task) for split, path in paths.items()}
+            if "train" in splits and len(splits["train"]) < task["shots"]:
+                raise ValueError(f"{paths['train']} has fewer rows than the {task['shots']} shots: give more")
             found[name] = [sha256_of(path) for path in paths.values()], splits
     if not found:
-        files = ", ".join(file for task in TASKS.values() for file in task["files"].values())
-        raise ValueError(f"--rows {rows_dir} holds no rows: it takes {files}")
+        raise ValueError(f"--rows {rows_dir} holds no rows: --help names the files that it takes")
     return found
 
 
 @functools.cache
-def hub_reachable():
-    """Whether the Hub answers. Where not, `datasets`, not yet imported, is told to look into its cache
-    only: its own retries take half a minute a data set."""
+def ask_hub():
+    """Tell `datasets`, not yet imported, to look into its cache only, where the Hub does not answer: its own
+    retries take half a minute a data set."""
     import requests
     try:
-        if not os.environ.get("HF_HUB_OFFLINE"):
-            hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-            return requests.head(hub, timeout=4).status_code < 400
+        requests.head(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=4)
     except requests.RequestException:
         os.environ["HF_HUB_OFFLINE"] = "1"
-    return False
 
 
 def build_task(name, splits=None):
     """lm-eval's stock task `name` with its prompts built, on local rows {split: rows} or else its own data
     set. OSError where that cannot be reached."""
-    offline = splits is None and not hub_reachable()
+    ask_hub()
     import datasets  # here, because these take seconds and are not needed where all is evaluated already
     import lm_eval
     from lm_eval.api.task import ConfigurableTask
@@ -171,7 +137,6 @@ def build_task(name, splits=None):
     config = load_yaml(Path(lm_eval.__file__).parent / "tasks" / TASKS[name]["yaml"])
     config.pop("tag", None)
     config["num_fewshot"] = TASKS[name]["shots"]
-    source = config["dataset_path"]
     if splits:
         datasets.disable_progress_bars()
         data = {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
@@ -182,9 +147,9 @@ def build_task(name, splits=None):
     except Exception as e:  # whatever datasets, its file systems or the network come up with
         if splits:
             raise
-        why = "no network" if offline else f"{type(e).__name__}: {str(e)[:150]}"
         files = " and ".join(TASKS[name]["files"].values())
-        raise OSError(f"{source} cannot be reached ({why}): give --rows DIR with {files}") from None
+        raise OSError(f"{config['dataset_path']} cannot be reached ({type(e).__name__}: {str(e)[:150]}): "
+                      f"give --rows DIR with {files}") from None
     task.set_fewshot_seed(FEWSHOT_SEED)
     task.build_all_requests()
     return task
@@ -206,8 +171,8 @@ def run_task(name, task, lm):
         values = task.process_results(doc, list(scores))
         for metric, value in values.items():
             metrics.setdefault(metric, []).append(value)
-        right = {key: int(values[key]) for key in ("acc", "acc_norm") if key in values}
-        row = dict(id=doc_id, cut=any(cuts), **right)
+        row = dict(id=doc_id, cut=any(cuts))
+        row |= {key: int(values[key]) for key in ("acc", "acc_norm") if key in values}
         if name == "hellaswag":
             lls, gold = [ll for ll, _ in scores], doc["gold"]
             size = max(1, len(doc["choices"][gold].encode()))  # lm-eval makes "[title]" an empty text
@@ -215,8 +180,7 @@ def run_task(name, task, lm):
         elif name == "lambada":
             row.update(log_likelihood=scores[0][0], target_nats=-scores[0][0])
         else:
-            words, size = values["word_perplexity"][1], values["bits_per_byte"][1]
-            row.update(log_likelihood=scores[0], words=words, bytes=size)
+            row.update(log_likelihood=scores[0])
         rows.append(row)
     if left_out:
         tqdm.write(f"{lm.desc}: row {', '.join(str(i + 1) for i in left_out)} left out: a text to score has "
@@ -237,8 +201,7 @@ def run_task(name, task, lm):
 
 
 def val_tokens(config):
-    """The val tokens (n,) that a run's log used. OSError or ValueError where they are gone or others
-    now."""
+    """The val tokens (n,) that a run's log used. OSError or ValueError where they are gone or others."""
     folder = find(config["data_dir"])
     if load_meta(folder)["val_sha256"] != config["data"]["val_sha256"]:
         raise ValueError(f"{folder} holds other val tokens than those that the run's log used")
@@ -256,100 +219,93 @@ def run_val(model, tokens, encoding, dtype):
     results = dict(val_loss=loss, val_ppl=math.exp(loss), val_tokens=int(counts.sum()),
                    val_bits_per_byte=nats.sum() / math.log(2) / lengths[tokens[1:]].sum(),
                    val_loss_stderr_bootstrap=(nats[draws].sum(1) / counts[draws].sum(1)).std(ddof=1))
-    rows = zip(nats.tolist(), counts.tolist())
-    return results, [dict(id=i, nats=n, tokens=int(c)) for i, (n, c) in enumerate(rows)]
+    return results, [dict(id=i, nats=n, tokens=int(c)) for i, (n, c) in enumerate(zip(nats.tolist(), counts))]
 
 
 # ---- evaluating
 def evaluate(name, path, local, built, args, old=None, out=None):
     """All results of one checkpoint, as a dict: val_*, and a dict for each task; {part: {"not_available":
     why}} for what cannot be had. local: local_rows' answer. built: what earlier checkpoints made, to which
-    this adds. old: this run's earlier results, kept where the checkpoint is the same, and the rows too or
-    gone. out: folder for one file a part, with one row a document."""
+    this adds. old: this run's earlier results, of which those parts stay whose checkpoint is the same and
+    whose rows, where any are given, are too. out: folder for one file a part, with one row a document."""
     model, config = load_checkpoint(path, args.device)
     encoding, dtype = fitting_encoding(config), args.dtype or config["dtype"]
     weights, old, kind = sha256_of(path), old or dict(done={}), (encoding.name, config["block_size"])
     run = dict(checkpoint=path.name, step=config["step"], tokens=config["tokens"], dtype=dtype, done={})
     for part in ("val", *TASKS):
-        rows_of, splits = local.get(part, ("hub", None))
-        val_of = config["data"].get("val_sha256"), config["eval_tokens"]
-        key = [weights, dtype, *(val_of if part == "val" else (LM_EVAL, rows_of))]
-        before, file = old["done"].get(part), out and out / f"{name}_{part}.jsonl"
-        results = {k: v for k, v in old.items() if k == part or k.startswith(f"{part}_")}
-        known = results and before and before[:2] == key[:2] and file and file.exists()
-        if not known or before != key:
-            try:
-                if part == "val":
-                    got, rows = run_val(model, val_tokens(config), encoding, dtype)
-                else:
-                    if part not in built:
-                        built[part] = build_task(part, splits)
-                    if isinstance(built[part], Exception):
-                        raise built[part]
-                    lm = built[kind] = built.get(kind) or adapter(encoding, config["block_size"])
-                    lm.model, lm.dtype, lm.desc = model, dtype, f"{name} {part}"
-                    got, rows = run_task(part, built[part], lm)
-                lines = [json.dumps(row, allow_nan=False) + "\n" for row in (got, *rows)][1:]
-            except (OSError, ValueError, ArithmeticError) as e:
-                built.setdefault(part, e)  # what cannot be reached is asked for once: that takes long
-                if known and isinstance(e, OSError):
-                    key = before  # what local rows gave earlier is not lost by a start without them
-                else:
-                    key, results = None, {part: dict(not_available=" ".join(str(e).split()))}
-                    say = f"{part} not available: {results[part]['not_available']}"
-                    built[say] = built.get(say) or tqdm.write(say) or True  # once for all checkpoints
+        rows_of, splits = local.get(part, (None, None))
+        key, before = [weights, dtype, LM_EVAL, rows_of], old["done"].get(part, [])
+        file = out and out / f"{name}_{part}.jsonl"
+        if before[:3] == key[:3] and rows_of in (None, before[3]) and file and file.exists():
+            run |= {k: v for k, v in old.items() if k == part or k.startswith(f"{part}_")}
+            run["done"][part] = before
+            continue
+        try:
+            if part == "val":
+                got, rows = run_val(model, val_tokens(config), encoding, dtype)
             else:
-                results = got if part == "val" else {part: got}
-                if out:
-                    out.mkdir(parents=True, exist_ok=True)
-                    write_text(file, "".join(lines))
-        run |= results
-        if key:
-            run["done"][part] = key
+                built[part] = built.get(part) or build_task(part, splits)
+                lm = built[kind] = built.get(kind) or adapter(encoding, config["block_size"])
+                lm.model, lm.dtype, lm.desc = model, dtype, f"{name} {part}"
+                got, rows = run_task(part, built[part], lm)
+            lines = [json.dumps(row, allow_nan=False) + "\n" for row in (got, *rows)][1:]
+        except (OSError, ValueError, ArithmeticError) as e:
+            run[part] = dict(not_available=" ".join(str(e).split()))
+            continue
+        run |= got if part == "val" else {part: got}
+        run["done"][part] = key
+        if out:
+            out.mkdir(parents=True, exist_ok=True)
+            write_text(file, "".join(lines))
     return run
 
 
-def summary(name, run):
-    """A run's results in one line."""
-    cells = ["val not available" if "val" in run else f"val_loss {run['val_loss']:.4f} +- "
-             f"{run['val_loss_stderr_bootstrap']:.4f}  ppl {run['val_ppl']:.2f}"]
-    for task, key in (("hellaswag", "acc_norm"), ("lambada", "acc"), ("wikitext", "word_ppl")):
-        cells.append(f"{task} {key} {run[task][key]:.4g}" if key in run[task] else f"{task} not available")
-    return f"{name:<18}{'  '.join(cells)}"
+def flat(run):
+    """{key: value} of a run's results; a task's keys begin with its name."""
+    return {f"{key}_{sub}" if sub else key: v for key, value in run.items()
+            for sub, v in (value.items() if isinstance(value, dict) else [("", value)])}
 
 
 def evaluate_study(study_dir, local, args):
     """Write results.json of a study folder. ValueError, once all else is done, for a damaged checkpoint."""
-    if not study_dir.is_dir():
-        raise ValueError(f"{study_dir}: no such folder: give a study's, such as out/mini")
-    checkpoints, missing = final_checkpoints(study_dir)
-    for name, why in missing.items():
-        print(f"{name} is left out: {why}")
+    checkpoints, left_out, damaged, path = {}, {}, [], study_dir / "results.json"
+    for run in load_runs(study_dir, say=print):
+        name = run["dir"].name
+        if run["status"] == "finished":
+            checkpoints[name] = run["dir"] / f"ckpt_step_{run['rows'][-1]['step']}.pt"
+        else:
+            left_out[name] = run["status"]
+            print(f"{name} is left out: {run['status']}")
     if not checkpoints:
         raise ValueError(f"{study_dir} holds no final checkpoint of a finished run: train first, as with "
                          f"bash sweep.sh {study_dir.name}")
-    path, runs, built, damaged = study_dir / "results.json", {}, {}, []
     try:
-        old = read_json(path, dict(runs={}))["runs"]
-        json.dumps([run["done"].items() and run for run in old.values()], allow_nan=False)
+        old = read_json(path, {}).get("runs", {})
+        runs = {name: run | dict(done=dict(run["done"])) for name, run in old.items() if name in checkpoints}
     except (ValueError, KeyError, TypeError, AttributeError):
         print(f"{path} is damaged: evaluating anew")
-        old = {}
-    stay = {*checkpoints, *(name for name, why in missing.items() if why.startswith("finished"))}
-    protocol = dict(hellaswag="lm-eval's hellaswag, 10-shot", lambada="lm-eval's lambada_openai, 0-shot",
-                    wikitext="lm-eval's wikitext", fewshot_seed=FEWSHOT_SEED, lm_eval=LM_EVAL,
-                    torch=torch.__version__, device=str(args.device))
+        runs = {}
+    protocol = dict({name: f"lm-eval's {task['yaml']}, {task['shots']}-shot" for name, task in TASKS.items()},
+                    fewshot_seed=FEWSHOT_SEED, lm_eval=LM_EVAL, torch=torch.__version__,
+                    device=str(args.device))
+    built = {}
     for name, checkpoint in tqdm(checkpoints.items(), desc="checkpoints", disable=None):
         try:
-            runs[name] = evaluate(name, checkpoint, local, built, args, old.get(name), study_dir / "eval")
-            tqdm.write(summary(name, runs[name]))
+            if checkpoint.exists() or name not in runs:  # results outlive a checkpoint deleted to save space
+                runs[name] = evaluate(name, checkpoint, local, built, args, runs.get(name),
+                                      study_dir / "eval")
+            found = flat(runs[name])
+            keys = "val_loss", "val_ppl", "hellaswag_acc_norm", "lambada_acc", "wikitext_word_ppl"
+            tqdm.write(f"{name:<18}" + "  ".join(f"{key} {found[key]:.5g}" for key in keys if key in found))
         except ValueError as e:  # a damaged file must not keep the others from being evaluated
-            missing[name] = str(e)
+            left_out[name] = str(e)
             damaged.append(e)
-        # neither a kill nor checkpoints deleted since may lose what is there
-        later = {key: run for key, run in old.items() if key in stay and key not in runs}
-        content = dict(protocol=protocol, runs=runs | later, left_out=missing)
+        # each time, as a kill must not lose what is there
+        content = dict(protocol=protocol, runs=runs, left_out=left_out)
         write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+    for line in dict.fromkeys(f"{key.replace('_', ' ')}: {why}" for run in runs.values()
+                              for key, why in flat(run).items() if key.endswith("not_available")):
+        print(line)
     if damaged:
         raise ValueError(f"{len(damaged)} of {len(checkpoints)} runs could not be evaluated: {damaged[0]}")
 
@@ -374,16 +330,14 @@ def sample(model, config, text, length=200, temperature=0.8, top_k=200, seed=133
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.error = fail  # in one line
-    place = lambda text: find(Path(text).expanduser())
-    parser.add_argument("study", nargs="?", type=place, help="a study's folder, such as out/80m")
-    parser.add_argument("--ckpt", type=place, help="one checkpoint instead")
-    parser.add_argument("--rows", type=place, help="a folder with local rows")
+    parser.add_argument("study", nargs="?", type=find, help="a study's folder, such as out/80m")
+    parser.add_argument("--ckpt", type=find, help="one checkpoint instead")
+    parser.add_argument("--rows", type=find, help="a folder with local rows")
     parser.add_argument("--sample", metavar="TEXT", help="print a continuation of TEXT by --ckpt")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="default: the run's")
     parser.add_argument("--device", default="auto", help="auto (the default), cpu, cuda or cuda:1")
     args = parser.parse_args()
-    args.device = resolve_device(args.device)
-    torch.set_float32_matmul_precision("highest")  # no TF32, which vendors' containers switch on
+    args.device = start_device(args.device)
     if (args.study is None) == (args.ckpt is None) or args.sample is not None and not args.ckpt:
         raise ValueError("give a study's folder, or --ckpt FILE, which --sample TEXT needs: --help says more")
     if args.sample is not None:
@@ -394,9 +348,8 @@ def main():
         return evaluate_study(args.study, local, args)
     run = evaluate(args.ckpt.stem, args.ckpt, local, {}, args)
     run.pop("done")
-    for key, value in run.items():
-        for sub, v in value.items() if isinstance(value, dict) else [("", value)]:
-            print(f"{'_'.join(filter(None, (key, sub))) + ':':<38}{v}")
+    for key, value in flat(run).items():
+        print(f"{key + ':':<38}{value}")
 
 
 if __name__ == "__main__":

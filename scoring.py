@@ -6,10 +6,11 @@ import itertools
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from model import causal_attention, causal_blocks
+from model import causal_attention
 
 PASS_TOKENS = {"cuda": 65_536, "cpu": 2048}  # of one pass: fills a GPU, stays near a CPU's cache
 HEAD_ROWS = 1024  # positions whose logits exist at once: 200 MB in float32 at 50,304 ids
@@ -19,13 +20,10 @@ HEAD_ROWS = 1024  # positions whose logits exist at once: 200 MB in float32 at 5
 def inference(device, dtype):
     """No gradients, autocast to dtype, no attention of cuDNN's, which plans for each new shape: here are
     many."""
-    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
-            yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with torch.no_grad(), sdpa_kernel(kernels), \
+            torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bfloat16"):
+        yield
 
 
 def val_losses(model, tokens, dtype):
@@ -46,34 +44,37 @@ def val_losses(model, tokens, dtype):
     return nats, counts
 
 
+def widths(group):
+    """Tokens of a group in the two parts of pack()'s pass."""
+    context, ((_, first), *others) = group
+    return len(context) + len(first) - 1, sum(len(target) - 1 for _, target in others)
+
+
 def share(pairs, block_size):
     """Groups (context, [(index, target), ...]) of consecutive (context, target) pairs: a group has one
     context, cut on the left as lm-eval's hf model does, and its targets fit behind it in a pass of
     block_size tokens. In no group is what cannot be scored: a target of no token, of more than block_size,
     or with nothing before it."""
-    groups, length = [], 0
+    groups = []
     for i, (context, target) in enumerate(pairs):
         if not context or not 0 < len(target) <= block_size:
             continue
         context = (context + target)[-(block_size + 1):][:-len(target)]
-        if groups and groups[-1][0] == context and length + len(target) - 1 <= block_size:
+        if groups and groups[-1][0] == context and sum(widths(groups[-1])) + len(target) - 1 <= block_size:
             groups[-1][1].append((i, target))
-            length += len(target) - 1
         else:
             groups.append((context, [(i, target)]))
-            length = len(context) + len(target) - 1
     return groups
 
 
 def batches(groups, limit):
     """Lists of groups that fill passes of at most `limit` tokens, padding included: the longest first."""
-    lengths = lambda group: (len(group[0]), sum(len(target) - 1 for _, target in group[1]))
     batch, widest = [], (0, 0)
-    for group in sorted(groups, key=lengths, reverse=True):
-        wider = tuple(map(max, widest, lengths(group)))
+    for group in sorted(groups, key=widths, reverse=True):
+        wider = tuple(map(max, widest, widths(group)))
         if batch and (len(batch) + 1) * sum(wider) > limit:
             yield batch
-            batch, wider = [], lengths(group)
+            batch, wider = [], widths(group)
         batch.append(group)
         widest = wider
     if batch:
@@ -82,59 +83,40 @@ def batches(groups, limit):
 
 def pack(groups, device):
     """One pass over groups: idx and pos (B, T), mask (B, 1, S, T) of the last S tokens, and flat rows (n,)
-    of the hidden states that predict the targets, in order. The contexts end by column T - S, padded on the
-    right, and the targets follow, each with the positions right behind its own context. pos and mask are
-    None where every group has one target: plain causal order does."""
-    single = all(len(targets) == 1 for _, targets in groups)
-    bodies = [context + targets[0][1][:-1] if single else context for context, targets in groups]
-    C = max(map(len, bodies))
-    S = 0 if single else max(sum(len(target) - 1 for _, target in targets) for _, targets in groups)
-    idx, owner, rows = np.zeros((len(groups), C + S), dtype=np.int64), np.full((len(groups), S), -1), []
-    pos = np.tile(np.r_[:C, [0] * S].astype(np.int64), (len(groups), 1))
-    for b, (body, (context, targets)) in enumerate(zip(bodies, groups)):
-        idx[b, :len(body)] = body
-        last, at = b * (C + S) + len(context) - 1, C  # the context's last token predicts each target's first
-        for j, (_, target) in enumerate(targets):
-            if single:
-                rows += range(last, last + len(target))
-            else:
-                end = at + len(target) - 1  # a target's own last token predicts nothing
-                rows += [last, *range(b * (C + S) + at, b * (C + S) + end)]
-                idx[b, at:end], pos[b, at:end] = target[:-1], np.arange(end - at) + len(context)
-                owner[b, at - C:end - C] = j
-                at = end
+    of the hidden states that predict the targets, in order. A context and its first target fill the first
+    T - S columns, padded on the right; the other targets follow, each with the positions right behind its
+    context. mask is None where no group has others: plain causal order does."""
+    C, S = map(max, zip(*map(widths, groups)))
+    idx, owner = np.zeros((len(groups), C + S), dtype=np.int64), np.full((len(groups), S), -1)
+    pos, rows = np.tile(np.r_[:C, [0] * S].astype(np.int64), (len(groups), 1)), []
+    for b, (context, ((_, first), *others)) in enumerate(groups):
+        idx[b, :len(context) + len(first) - 1] = context + first[:-1]
+        start, at = b * (C + S), C
+        last = start + len(context) - 1  # the context's last token predicts each target's first
+        rows += range(last, last + len(first))
+        for j, (_, target) in enumerate(others):
+            end = at + len(target) - 1  # a target's own last token predicts nothing
+            rows += [last, *range(start + at, start + end)]
+            idx[b, at:end], pos[b, at:end] = target[:-1], np.arange(end - at) + len(context)
+            owner[b, at - C:end - C] = j
+            at = end
     idx, pos, owner, rows = (torch.from_numpy(np.asarray(a)).to(device) for a in (idx, pos, owner, rows))
     if S == 0:
-        return idx, None, None, rows
-    lengths = torch.tensor([[len(body)] for body in bodies], device=device)
+        return idx, pos, None, rows
+    lengths = torch.tensor([[len(context)] for context, _ in groups], device=device)
     of_context = (torch.arange(C, device=device) < lengths)[:, None].expand(-1, S, -1)
     of_target = (owner[:, :, None] == owner[:, None, :]).tril()
     return idx, pos, torch.cat((of_context, of_target), dim=-1)[:, None], rows
 
 
 def packed_attention(mask):
-    """An `attend` for the model's blocks: the last S of T queries look where mask (B, 1, S, T) is True, the
-    contexts before them in causal order."""
+    """An `attend` for the model's blocks: the last S of T queries look where mask (B, 1, S, T) is True, those
+    before them in causal order; without a mask all do."""
     def attend(q, k, v):
         n = q.shape[-2] - mask.shape[-2]
-        context = q[:, :, :n], k[:, :, :n], v[:, :, :n]
-        if q.device.type == "cpu":  # 1.4 x faster; float32 scores, as scaled_dot_product_attention has them
-            with torch.autocast("cpu", enabled=False):
-                y = causal_blocks(context[0].float(), context[1].float(), context[2])
-        else:
-            y = causal_attention(*context)
+        y = causal_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n])
         return torch.cat((y, F.scaled_dot_product_attention(q[:, :, n:], k, v, attn_mask=mask)), dim=2)
-    return attend
-
-
-def hidden(model, idx, pos, mask):
-    """GPT.hidden() of a pass that pack() made."""
-    if mask is None:
-        return model.hidden(idx)
-    x, cos, sin = model.wte(idx), model.cos[pos].unsqueeze(1), model.sin[pos].unsqueeze(1)
-    for block in model.h:
-        x = block(x, cos, sin, packed_attention(mask))
-    return model.norm(x)
+    return causal_attention if mask is None else attend
 
 
 def score(model, pairs, dtype, desc=None):
@@ -149,7 +131,10 @@ def score(model, pairs, dtype, desc=None):
             idx, pos, mask, rows = pack(batch, device)
             scored = [target for _, targets in batch for target in targets]
             wanted = torch.tensor([token for _, target in scored for token in target], device=device)
-            states = hidden(model, idx, pos, mask).flatten(0, 1)[rows]
+            x, cos, sin = model.wte(idx), model.cos[pos].unsqueeze(1), model.sin[pos].unsqueeze(1)
+            for block in model.h:
+                x = block(x, cos, sin, packed_attention(mask))
+            states = model.norm(x).flatten(0, 1)[rows]
             logps, greedy = [], []
             for h, w in zip(states.split(HEAD_ROWS), wanted.split(HEAD_ROWS)):
                 logits = model.logits(h)

@@ -1,12 +1,11 @@
 """The tests of evaluation and export: against a plain forward pass, against lm-eval's stock `hf` model
-and transformers, against wrong input. LAMBADA's real rows are used where ../shared/data has them; rows
-of HellaSwag's shape are made here."""
+and transformers, against wrong input. All rows are made here."""
 import hashlib
+import importlib.util
 import json
 import math
 import os
 import random
-import shutil
 import subprocess
 import sys
 import types
@@ -17,13 +16,15 @@ import pytest
 import torch
 
 import evaluate
+import export
 import scoring
 from model import GPT, GPTConfig
 
 torch.set_num_threads(1)  # the models are tiny, and pytest runs on all cores
 ROOT = Path(__file__).resolve().parents[1]
-LAMBADA = ROOT.parent / "shared" / "data" / "lambada_test.jsonl"
 EOT = 4095
+needs_hf = pytest.mark.skipif(not all(map(importlib.util.find_spec, ("transformers", "accelerate"))),
+                              reason="requirements-dev.txt is not installed")
 WORDS = ("the a of in to and he she they it was is had has with for on at by sea wind night day heart "
          "love stone light old young went came said saw took gave made found held kept kitchen garden "
          "café letter soldier captain horse bread water dancing").split()
@@ -42,8 +43,6 @@ def hellaswag_rows(n, seed, longest=12):
 
 
 def lambada_rows(n):
-    if LAMBADA.exists():
-        return [json.loads(row) for row in LAMBADA.read_text().splitlines()[:n]]
     rng = random.Random(5)
     return [dict(text=text(rng, 20, 90)) for _ in range(n)]
 
@@ -88,7 +87,7 @@ def write_run(folder, model, meta, data_dir, status="finished", **more):
                   eval_tokens=0, data_dir=str(data_dir), data=meta, **more)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "log.jsonl").write_text(f'{{"step": 7, "val_loss": 8.0}}\n{{"event": "{status}"}}\n')
-    for step in (5, 7, 10) if status == "finished" else ():  # 10: not of this log
+    for step in (7, 10) if status == "finished" else ():  # 10: not of this log
         torch.save(dict(model=model.state_dict(), config=config, step=step, tokens=step * 64,
                         optimizers=[]), folder / f"ckpt_step_{step}.pt")
     return folder / "ckpt_step_7.pt"
@@ -165,11 +164,11 @@ def test_shared_passes_equal_plain_ones(qk_norm, pass_tokens, monkeypatch):
 
 def test_endings_of_an_item_share_one_pass():
     context = list(range(30))
-    groups = scoring.share([(context, [1, 2, 3]), (context, [4]), (context[:-1], [1, 2]), (context, [5])], 64)
+    pairs = [(context, [1, 2, 3]), (context, [4, 6]), (context[:-1], [1, 2]), (context, [5])]
+    groups = scoring.share(pairs, 64)
     assert [len(targets) for _, targets in groups] == [2, 1, 1]
     idx, pos, mask, rows = scoring.pack(groups[:2], torch.device("cpu"))
-    assert idx.shape == (2, 32) and mask.shape == (2, 1, 2, 32) and len(rows) == 6
-    assert sum(idx.shape) < 64  # four endings apart would take 30 tokens each
+    assert idx.shape == (2, 33) and mask.shape == (2, 1, 1, 33) and len(rows) == 7
     passed = sum(scoring.pack(b, torch.device("cpu"))[0].numel() for b in scoring.batches(
         scoring.share([(context, [i] * 5) for i in range(4)], 64), 2048))
     assert passed == 30 + 4 * 4
@@ -194,41 +193,14 @@ def test_what_no_pass_can_score_is_none():
     assert scores[1][0] == pytest.approx(plain_scores(model, [good])[0][0])
 
 
-@torch.no_grad()
-def test_scores_of_packed_texts_are_not_rounded():
-    """Under autocast, queries and keys of a logit spread of 70: bfloat16 scores would be off
-    by a quarter of a nat."""
-    model = GPT(GPTConfig(64, 128, 2, 2, 64, 96)).init_weights(torch.Generator().manual_seed(1))
-    attn = model.h[0].attn
-    attn.q_proj.weight.mul_(60)
-    attn.k_proj.weight.mul_(60)
-    x = torch.randn(1, 40, 64, generator=torch.Generator().manual_seed(0))
-    mask = torch.ones(40, 40, dtype=torch.bool).tril()[None, None, 32:]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        plain = attn(x, model.cos[:40], model.sin[:40])
-        packed = attn(x, model.cos[:40], model.sin[:40], scoring.packed_attention(mask))
-    assert (plain - packed).abs().max() < 0.01 * plain.abs().max()
-
-
-@pytest.mark.parametrize("on", [True, False])
-def test_cudnn_attention_is_off_while_scoring_and_as_before_afterwards(on, study, monkeypatch):
-    enabled, seen = torch.backends.cuda.cudnn_sdp_enabled, []
-    before, model = enabled(), tiny_model(False)
-    norm = model.norm.forward
+def test_cudnn_attention_is_off_while_scoring_and_as_before_afterwards(study, monkeypatch):
+    enabled, seen, model = torch.backends.cuda.cudnn_sdp_enabled, [], tiny_model(False)
+    norm, before = model.norm.forward, enabled()
     monkeypatch.setattr(model.norm, "forward", lambda x: seen.append(enabled()) or norm(x))
-    config = evaluate.load_checkpoint(study.ckpt)[1]
-    try:
-        torch.backends.cuda.enable_cudnn_sdp(on)
-        scoring.val_losses(model, study.tokens[:100], "float32")
-        scoring.score(model, [([1, 2], [3]), ([1, 2], [4, 5])], "float32")
-        evaluate.sample(model, config, "a", length=1)
-        assert enabled() is on and len(seen) >= 3 and not any(seen)
-        monkeypatch.setattr(model.norm, "forward", lambda x: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            scoring.score(model, [([1], [2])], "float32")
-        assert enabled() is on
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
+    scoring.val_losses(model, study.tokens[:100], "float32")
+    scoring.score(model, [([1, 2], [3]), ([1, 2], [4, 5])], "float32")
+    evaluate.sample(model, evaluate.load_checkpoint(study.ckpt)[1], "a", length=1)
+    assert before and enabled() and len(seen) >= 3 and not any(seen)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 0.02)])
@@ -260,12 +232,10 @@ def test_val_losses_predict_every_token_once(study, encoding, dtype, tolerance):
 
 # ---- export, against transformers ----
 
+@needs_hf
 @pytest.mark.parametrize("qk_norm, qk_gain", [(False, True), (True, True), (True, False)])
 def test_exported_logits_are_ours(qk_norm, qk_gain, study, tmp_path):
-    pytest.importorskip("transformers", reason="requirements-dev.txt is not installed")
     from transformers import AutoModelForCausalLM
-
-    import export
     checkpoint = study.dir / ("muon_qk-seed137" if qk_norm else "muon-seed42") / "ckpt_step_7.pt"
     if not qk_gain:
         checkpoint = write_run(tmp_path / "muon_qk_frozen-seed1", tiny_model(True, qk_gain=False),
@@ -289,11 +259,9 @@ def test_exported_logits_are_ours(qk_norm, qk_gain, study, tmp_path):
     assert len(gains) == 4 * qk_norm and (qk_gain or all((w == 1).all() for w in gains))
 
 
+@needs_hf
 def test_padded_texts_of_an_export_give_what_they_give_alone(study):
-    pytest.importorskip("transformers", reason="requirements-dev.txt is not installed")
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    import export
     export.export(study.ckpt, study.tmp / "hf")
     tokenizer = AutoTokenizer.from_pretrained(study.tmp / "hf")
     model = AutoModelForCausalLM.from_pretrained(study.tmp / "hf", dtype=torch.float32)
@@ -316,12 +284,10 @@ def test_a_checkpoint_from_before_qk_gain_is_read(study):
         and torch.equal(model.h[0].attn.q_norm.weight, tiny_model(True).h[0].attn.q_norm.weight)
 
 
+@needs_hf
 @pytest.mark.parametrize("name", ["gpt2", "gpt2-4096"])
 def test_exported_tokenizer_gives_the_same_ids(name, tmp_path):
-    pytest.importorskip("transformers", reason="requirements-dev.txt is not installed")
     from transformers import AutoTokenizer
-
-    import export
     encoding = evaluate.get_encoding(name)
     model = GPT(GPTConfig(16, 50304 if name == "gpt2" else 4096, 1, 1, 8, 8)).init_weights(torch.Generator())
     torch.save(dict(model=model.state_dict(), step=1, tokens=1,
@@ -333,6 +299,7 @@ def test_exported_tokenizer_gives_the_same_ids(name, tmp_path):
     texts = [row["text"] for row in lambada_rows(300)] + [
         "", " ", "  a  b ", "I've don't 1234567 o'clock", "\r\n x\u00a0y"]
     texts += ["".join(rng.choices(letters, k=rng.randint(1, 80))) for _ in range(300)]
+    texts += ["".join(rng.choices("abeaaa" if i % 2 else "thine g", k=30)) for i in range(300)]
     for t in texts:
         ids = encoding.encode_ordinary(t)
         assert theirs.encode(t) == ids and theirs.decode(ids) == t, t
@@ -342,10 +309,11 @@ def test_exported_tokenizer_gives_the_same_ids(name, tmp_path):
 
 
 def test_export_refuses_and_leaves_nothing_half(study, monkeypatch):
-    import export
     (study.tmp / "there").mkdir()
     with pytest.raises(ValueError, match="there already"):
         export.export(study.ckpt, study.tmp / "there")
+    with pytest.raises(ValueError, match="tokenizer x is no part of GPT-2's BPE"):
+        export.tokenizer_json(types.SimpleNamespace(name="x", eot_token=100_257, n_vocab=100_277))
     monkeypatch.setattr(export, "save", lambda *args, **more: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export.export(study.ckpt, study.tmp / "hf")
@@ -354,15 +322,12 @@ def test_export_refuses_and_leaves_nothing_half(study, monkeypatch):
 
 # ---- tasks, against lm-eval's stock hf model ----
 
+@needs_hf
 @pytest.mark.parametrize("qk_norm, block_size", [(False, 64), (True, 640)])
 def test_adapter_equals_stock_hf_model(qk_norm, block_size, tmp_path, encoding, monkeypatch):
-    for module in ("transformers", "accelerate"):
-        pytest.importorskip(module, reason="requirements-dev.txt is not installed")
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
-
-    import export
     model, meta = tiny_model(qk_norm, block_size), dict(tokenizer="gpt2-4096")
     export.export(write_run(tmp_path / "run-seed1", model, meta, tmp_path), tmp_path / "hf")
     hf = HFLM(pretrained=str(tmp_path / "hf"), device="cpu", dtype="float32", batch_size=4)
@@ -375,9 +340,6 @@ def test_adapter_equals_stock_hf_model(qk_norm, block_size, tmp_path, encoding, 
             "lambada": dict(test=lambada_rows(40)),
             "wikitext": dict(test=[dict(page=f" = A page = \n\n {r['text']} \n") for r in lambada_rows(12)])}
     for name, splits in rows.items():
-        for split in splits.values():
-            for row in split:
-                row |= {"label": str(row["label"])} if "label" in row else {}
         task = evaluate.build_task(name, splits)
         results, documents = evaluate.run_task(name, task, ours)
         # a built task belongs to its prompts: the stock model gets one of its own, as lm-eval's
@@ -394,21 +356,20 @@ def test_adapter_equals_stock_hf_model(qk_norm, block_size, tmp_path, encoding, 
             mine = document["log_likelihoods"] if name == "hellaswag" else [document["log_likelihood"]]
             assert document["id"] == sample["doc_id"] and np.abs(np.subtract(lls, mine)).max() < 1e-3
             assert all(document[key] == sample[key] for key in ("acc", "acc_norm") if key in document)
-        greedy = [g for _, g in (r for i in samples for r in i["filtered_resps"])] \
-            if name != "wikitext" else []
-        if greedy:
-            assert greedy == [g for _, g in ours.loglikelihood(task.instances, disable_tqdm=True)]
-        for key, stock_key in (("acc", "acc"), ("acc_stderr", "acc_stderr"), ("acc_norm", "acc_norm"),
-                               ("acc_norm_stderr", "acc_norm_stderr")):
-            assert results.get(key) == stock.get(stock_key)
+        scored = [] if name == "wikitext" else [r for s in samples for r in s["filtered_resps"]]
+        if scored:
+            assert [g for _, g in scored] == [
+                g for _, g in ours.loglikelihood(task.instances, disable_tqdm=True)]
+        for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr"):
+            assert results.get(key) == stock.get(key)
         for key, stock_key in (("ppl", "perplexity"), ("word_ppl", "word_perplexity"),
                                ("bits_per_byte", "bits_per_byte")):
             assert results.get(key) == (
                 pytest.approx(stock[stock_key], rel=1e-4) if stock_key in stock else None)
         too_long = [any(len(hf.tok_encode(c + t)) > block_size + 1 for c, t in s["arguments"])
-                    for s in samples] if greedy else [False]
+                    for s in samples] if scored else [False]
         assert results["cut"] == sum(too_long) and results["n"] == len(documents)
-        assert block_size == 640 or not greedy or results["cut"] > 0
+        assert block_size == 640 or not scored or results["cut"] > 0
         assert block_size == 64 or name != "hellaswag" or results["cut"] < len(documents)
 
 
@@ -460,12 +421,12 @@ def test_a_study_from_the_command_line_without_a_network(study):
                OMP_NUM_THREADS="1", HF_HUB_OFFLINE="")
     done = subprocess.run(
         [sys.executable, ROOT / "evaluate.py", study.dir, "--rows", rows, "--device=cpu"], env=env,
-        cwd=study.tmp, capture_output=True, text=True, timeout=40)  # retries would take longer
+        cwd=study.tmp, capture_output=True, text=True, timeout=60)  # retries would take longer
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     for task in ("hellaswag", "wikitext"):
         assert sum(line.startswith(f"{task} not available: ")
-                   and "cannot be reached (no network)" in line for line in lines) == 1
+                   and "cannot be reached (" in line for line in lines) == 1
     assert "muon_qk-seed42 is left out: diverged" in lines and "muon-seed137 is left out: unfinished" in lines
     results = json.loads((study.dir / "results.json").read_text())
     assert set(results["runs"]) == {"muon-seed42", "muon_qk-seed137"} \
@@ -592,36 +553,18 @@ def test_without_its_data_all_else_is_evaluated(harm, says, study, offline, monk
     call(monkeypatch, "--ckpt", study.ckpt, "--sample", "a", "--device=cpu")
 
 
-def test_copies_and_foreign_folders_are_named_and_left_out(study, offline, monkeypatch, capsys):
-    shutil.copytree(study.dir / "muon-seed42", study.dir / "muon-seed42.bak")
-    (study.dir / "sgd-seed1").mkdir()
-    (study.dir / "sgd-seed1" / "config.json").write_text("[1]")
-    rows = write_rows(study.tmp / "rows", lambada_openai=lambada_rows(3))
-    call(monkeypatch, study.dir, "--rows", rows, "--device=cpu")
-    out = capsys.readouterr().out.splitlines()
-    for name in ("muon-seed42.bak", "sgd-seed1"):
-        assert sum(f"{name} is left out" in line for line in out) == 1
-    assert set(json.loads((study.dir / "results.json").read_text())["runs"]) == {
-        "muon-seed42", "muon_qk-seed137"}
-
-
 def strict(path):
     return json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
 
 @pytest.mark.parametrize("content", [
-    "", "[]", "{}", '{"runs": 3}', '{"runs": {"muon-seed42": 3}}', '{"runs": {"muon-seed42": {}}}',
-    '{"runs": {"muon-seed42": {"done": 3}}}', '{"runs": {"muon-seed42": {"done": {}, "x": NaN}}}'])
+    "", "[]", '{"runs": 3}', '{"runs": {"muon-seed42": 3}}', '{"runs": {"muon-seed42": {"done": 3}}}'])
 def test_damaged_results_are_made_anew(content, study, monkeypatch, capsys):
     monkeypatch.setattr(evaluate, "TASKS", {})
-    monkeypatch.setattr(evaluate, "summary", lambda name, run: name)
-    call(monkeypatch, study.dir, "--device=cpu")
-    whole = strict(study.dir / "results.json")
     (study.dir / "results.json").write_text(content)
-    capsys.readouterr()
     call(monkeypatch, study.dir, "--device=cpu")
     assert "results.json is damaged: evaluating anew" in capsys.readouterr().out
-    assert strict(study.dir / "results.json") == whole
+    assert set(strict(study.dir / "results.json")["runs"]) == {"muon-seed42", "muon_qk-seed137"}
 
 
 @pytest.mark.parametrize("weight, factor", [
@@ -644,7 +587,6 @@ def test_numbers_that_overflow_never_reach_a_file(weight, factor, study, monkeyp
 
 def test_a_damaged_checkpoint_is_named_and_all_others_are_evaluated(study, monkeypatch):
     monkeypatch.setattr(evaluate, "TASKS", {})
-    monkeypatch.setattr(evaluate, "summary", lambda name, run: name)
     study.ckpt.write_bytes(study.ckpt.read_bytes()[:5000])
     with pytest.raises(ValueError, match="1 of 2 runs could not be evaluated: "
                                          ".*muon-seed42.*is no whole checkpoint"):
@@ -656,12 +598,14 @@ def test_a_damaged_checkpoint_is_named_and_all_others_are_evaluated(study, monke
 
 def test_results_outlive_their_checkpoints(study, monkeypatch):
     monkeypatch.setattr(evaluate, "TASKS", {})
-    monkeypatch.setattr(evaluate, "summary", lambda name, run: name)
     call(monkeypatch, study.dir, "--device=cpu")
     before = strict(study.dir / "results.json")["runs"]
     study.ckpt.unlink()  # to save space
     call(monkeypatch, study.dir, "--device=cpu")
     assert strict(study.dir / "results.json")["runs"] == before
+    (study.dir / "results.json").unlink()
+    with pytest.raises(ValueError, match="1 of 2 runs could not be evaluated: .*ckpt_step_7.pt"):
+        call(monkeypatch, study.dir, "--device=cpu")
     with open(study.dir / "muon-seed42" / "log.jsonl", "a") as f:
         f.write('{"event": "diverged"}\n')
     call(monkeypatch, study.dir, "--device=cpu")
@@ -678,24 +622,21 @@ def test_devices_that_are_not_there(device, study, monkeypatch):
     assert not (study.dir / "results.json").exists() and not (study.dir / "eval").exists()
 
 
-def test_float32_is_not_tf32(study, monkeypatch, capsys):
-    """As in a vendor's container, which sets TORCH_ALLOW_TF32_CUBLAS_OVERRIDE."""
-    seen, before, real = [], torch.get_float32_matmul_precision(), GPT.hidden
-    monkeypatch.setattr(
-        GPT, "hidden", lambda *args: seen.append(torch.get_float32_matmul_precision()) or real(*args))
+def test_float32_is_not_tf32(study, monkeypatch):
+    """As a vendor's container may have it."""
+    before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")
-        call(monkeypatch, "--ckpt", study.ckpt, "--sample", "a", "--device=cpu", "--dtype=float32")
+        call(monkeypatch, "--ckpt", study.ckpt, "--sample", "a", "--device=cpu")
+        assert torch.get_float32_matmul_precision() == "highest"
     finally:
         torch.set_float32_matmul_precision(before)
-    assert {*seen} == {"highest"}
 
 
 def test_one_checkpoint_prints_key_value_lines(study, offline, monkeypatch, capsys):
     rows = write_rows(study.tmp / "rows", lambada_openai=lambada_rows(5))
     call(monkeypatch, "--ckpt", study.ckpt, "--rows", rows, "--device=cpu")
-    printed = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines()
-                   if " not available" not in line)
+    printed = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
     nats, counts = scoring.val_losses(tiny_model(False), study.tokens, "float32")
     assert float(printed["val_loss"]) == pytest.approx(nats.sum() / counts.sum()) \
         and int(printed["lambada_n"]) == 5
@@ -723,70 +664,51 @@ def test_sample_continues_a_text(study, monkeypatch, capsys):
 GOOD = hellaswag_rows(1, 0)[0]
 
 
-@pytest.mark.parametrize("file, line, expected", [
-    ("lambada_openai", "{'text'", "line 2: not JSON"), ("lambada_openai", "[1]", "line 2: not a JSON object"),
-    ("lambada_openai", '{"txt": "a b"}', "line 2: no field 'text'"),
-    ("lambada_openai", '{"text": 3}', "line 2: text is 3"),
-    ("lambada_openai", '{"text": " "}', "line 2: text is ' '"), ("lambada_openai", "", "line 2: not JSON"),
-    ("wikitext_test", '{"text": "a"}', "line 2: no field 'page'"),
-    ("hellaswag_validation", json.dumps({k: v for k, v in GOOD.items() if k != "endings"}),
-     "line 2: no field 'endings'"),
-    ("hellaswag_validation", json.dumps(dict(GOOD, endings=["a", 2])), "line 2: endings are not all texts"),
-    ("hellaswag_validation", json.dumps(dict(GOOD, label="")),
-     "line 2: label '' names none of the 4 endings"),
-    ("hellaswag_validation", json.dumps(dict(GOOD, label=4)), "line 2: label '4' names none"),
-    ("hellaswag_validation", json.dumps(dict(GOOD, label="9" * 5000)), "line 2: label '9999"),
-    ("hellaswag_validation", json.dumps(dict(GOOD, label=math.nan)), "line 2: label is nan"),
-    ("hellaswag_validation", json.dumps(dict(GOOD, label=7)).replace("7", "1e999"), "line 2: label is inf"),
-    ("hellaswag_validation", json.dumps(dict(GOOD, label=7)).replace("7", "7" * 5000), "line 2: not JSON"),
-    ("hellaswag_validation", json.dumps(dict(GOOD, label=True)), "line 2: label 'True' names none"),
-    ("lambada_openai", "[" * 10_000, "line 2: not JSON"),
-    ("lambada_openai", '{"text": "half a pair \\ud800"}', "line 2: 'utf-8' codec can't encode"),
+@pytest.mark.parametrize("file, line", [
+    *(("lambada_openai", line) for line in (
+        "", "{'text'", "[1]", '{"txt": "a b"}', '{"text": 3}', '{"text": " "}', "[" * 10_000,
+        '{"text": "half a pair \\ud800"}', '{"text": "no UTF-8 \udcff"}')),
+    ("wikitext_test", '{"text": "a"}'),
+    *(("hellaswag_validation", json.dumps({**GOOD, **wrong})) for wrong in (
+        dict(endings="abcd"), dict(endings=["a", 2]), dict(endings=["a", ""]), dict(endings=None),
+        dict(ctx_a=3), dict(label=""), dict(label=4), dict(label="9" * 5000), dict(label=math.nan),
+        dict(label=True))),
+    ("hellaswag_validation", json.dumps(dict(GOOD, label=7)).replace("7", "7" * 5000)),
 ])
-def test_wrong_rows_name_file_and_line(file, line, expected, tmp_path):
+def test_wrong_rows_name_file_and_line(file, line, tmp_path):
     good = dict(lambada_openai=lambada_rows(1), wikitext_test=[dict(page="a b")],
                 hellaswag_train=hellaswag_rows(10, 1), hellaswag_validation=[GOOD])
     rows = write_rows(tmp_path, **good)
     assert set(evaluate.local_rows(rows)) == set(evaluate.TASKS)
-    with open(rows / f"{file}.jsonl", "a") as f:
-        f.write(line + "\n")
+    with open(rows / f"{file}.jsonl", "ab") as f:
+        f.write(line.encode(errors="surrogateescape") + b"\n")
     with pytest.raises(ValueError) as e:
         evaluate.local_rows(rows)
-    assert f"{file}.jsonl, {expected}" in str(e.value)
+    assert f"{file}.jsonl, line 2: " in str(e.value) and len(str(e.value)) < 400
+    assert "is no JSON object in UTF-8 with valid" in str(e.value)
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path):
-    (tmp_path / "lambada_openai.jsonl").write_bytes(
-        b"\xef\xbb\xbf" + json.dumps(dict(text="the sea wind")).encode() + b"\r\n")
-    assert evaluate.local_rows(tmp_path)["lambada"][1] == {"test": [dict(text="the sea wind")]}
-
-
-def test_line_separators_inside_a_text_are_no_line_ends(tmp_path):
-    (tmp_path / "lambada_openai.jsonl").write_text(
-        json.dumps(dict(text="one\u2028two\x85three"), ensure_ascii=False) + "\r\n", encoding="utf-8")
-    assert evaluate.local_rows(tmp_path)["lambada"][1] == {"test": [dict(text="one\u2028two\x85three")]}
+def test_a_byte_order_mark_and_line_separators_inside_a_text(tmp_path):
+    line = json.dumps(row := dict(text="one\u2028two\x85three"), ensure_ascii=False).encode()
+    (tmp_path / "lambada_openai.jsonl").write_bytes(b"\xef\xbb\xbf" + line + b"\r\n")
+    assert evaluate.local_rows(tmp_path)["lambada"][1] == {"test": [row]}
 
 
 def test_wrong_row_folders(tmp_path):
     for files, expected in (
-            (dict(), "holds no rows"), (dict(lambada_openai=[]), "lambada_openai.jsonl is empty"),
+            (dict(), "holds no rows"), (dict(lambada_openai=[]), "lambada_openai.jsonl, line 1"),
             (dict(hellaswag_validation=[GOOD]), "hellaswag_train.jsonl is missing"),
             (dict(hellaswag_validation=[GOOD], hellaswag_train=hellaswag_rows(9, 1)),
-             "9 rows, fewer than the 10 shots")):
+             "fewer rows than the 10 shots: give")):
         folder = write_rows(tmp_path / str(len(expected)), **files)
         with pytest.raises(ValueError, match=expected):
             evaluate.local_rows(folder)
-    for row_file in folder.glob("hella*"):
-        row_file.unlink()
-    for content in (b'{"text": "a b"}\n{"text": "\xff"}\n', '{"text": "a b"}\n'.encode("utf-16")):
-        (folder / "lambada_openai.jsonl").write_bytes(content)
-        with pytest.raises(ValueError,
-                           match=rf"lambada_openai.jsonl, line {1 + (content[0] == 123)}: not JSON"):
-            evaluate.local_rows(folder)
+    (tmp_path / "lambada_openai.jsonl").write_bytes('{"text": "a b"}\n'.encode("utf-16"))
+    with pytest.raises(ValueError, match="lambada_openai.jsonl, line 1: .* is no JSON object in UTF-8"):
+        evaluate.local_rows(tmp_path)
 
 
 def test_wrong_checkpoints_and_folders(study, monkeypatch):
-    import export
     state = torch.load(study.ckpt, weights_only=True)
     no_ckpt, cut, other, pickled = (study.tmp / name for name in ("a.pt", "b.pt", "c.pt", "d.pt"))
     no_ckpt.write_text("hello")
@@ -797,7 +719,7 @@ def test_wrong_checkpoints_and_folders(study, monkeypatch):
         for tool in (evaluate.load_checkpoint, lambda p: export.export(p, study.tmp / "hf")):
             with pytest.raises(ValueError, match="is no whole checkpoint of train.py"):
                 tool(path)
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(ValueError, match="none.pt is no whole checkpoint.*FileNotFoundError"):
         evaluate.load_checkpoint(study.tmp / "none.pt")
     torch.save(dict(state, config=dict(state["config"], data=dict(tokenizer="gpt2"))), other)
     for tool in (lambda: call(monkeypatch, "--ckpt", other, "--sample", "a"),
@@ -808,21 +730,18 @@ def test_wrong_checkpoints_and_folders(study, monkeypatch):
             tool()
     (study.tmp / "empty").mkdir()
     for args, expected in (
-            ([study.tmp / "none"], "no such folder"),
+            ([study.tmp / "none"], "holds no final checkpoint"),
             ([study.tmp / "empty"], "holds no final checkpoint"), ([], "give a"),
             ([study.dir, "--ckpt", study.ckpt], "give a"), ([study.dir, "--sample", "a"], "give a"),
             ([study.dir, "--rows", study.tmp / "none"], "holds no rows")):
         with pytest.raises(ValueError, match=expected):
             call(monkeypatch, *args)
-    study.ckpt.unlink()
-    assert evaluate.final_checkpoints(study.dir)[1]["muon-seed42"] == "finished, but ckpt_step_7.pt is gone"
     assert not (study.tmp / "hf").exists()
 
 
 @pytest.mark.parametrize("script, args", [
-    ("evaluate.py", ["--ckpt", "none.pt"]), ("evaluate.py", ["none"]),
-    ("evaluate.py", ["--dtype=float8", "none"]), ("evaluate.py", ["--device=foo", "none"]),
-    ("tools/export.py", ["none.pt", "hf"]), ("tools/export.py", ["none.pt"])])
+    ("evaluate.py", ["--ckpt", "none.pt"]), ("evaluate.py", ["--dtype=float8", "none"]),
+    ("tools/export.py", ["none.pt", "hf"])])
 def test_errors_are_one_line(script, args, tmp_path):
     done = subprocess.run([sys.executable, ROOT / script, *args], cwd=tmp_path, capture_output=True,
                           text=True)

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configurator import fail  # noqa: E402
 from evaluate import fitting_encoding, load_checkpoint  # noqa: E402
 from model import NORM_EPS, ROPE_THETA  # noqa: E402
-from system import write_text, write_whole  # noqa: E402
+from tokens import bpe_folder, cache_name  # noqa: E402
 
 EOT = "<|endoftext|>"
 NAMES = {  # ours to theirs, inside a block; q_norm and k_norm are Qwen3's own names
@@ -56,35 +56,26 @@ def hf_config(config, eot):
            dict(mlp_bias=False, pretraining_tp=1)))
 
 
-def byte_letters():
-    """{byte: the character that stands for it} of byte-level BPE (GPT-2, Radford et al. 2019): printable
-    bytes stand for themselves, the others for characters from 256 on."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
-
-
 def tokenizer_json(encoding):
-    """tokenizer.json, the format of Hugging Face's tokenizers, of a tiktoken.Encoding with GPT-2's split
-    pattern. tiktoken joins two neighbours wherever the result is a token, so a token's merges are all its
-    splits into two tokens, not only the one that it was learned by."""
-    letters, ranks = byte_letters(), encoding._mergeable_ranks
-    text = {token: "".join(letters[b] for b in token) for token in ranks}
-    merges = [[text[token[:i]], text[token[i:]]] for token in sorted(ranks, key=ranks.get)
-              for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
+    """tokenizer.json, the format of Hugging Face's tokenizers, of GPT-2's BPE (Radford et al. 2019) or of its
+    first ids: its own two files hold the ids, in their byte-level letters, and the merges in order."""
+    read = lambda file: (bpe_folder() / cache_name(file)).read_text(encoding="utf-8")
+    vocab = {text: i for text, i in json.loads(read("encoder.json")).items() if i < encoding.eot_token}
+    merges = read("vocab.bpe").split("\n")[1:encoding.eot_token - 256 + 1]  # one for each id but the 256 bytes
+    if len(vocab) != encoding.eot_token or encoding.n_vocab != len(vocab) + 1:
+        raise ValueError(f"tokenizer {encoding.name} is no part of GPT-2's BPE: write its own tokenizer_json()")
     byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
     special = dict(id=encoding.eot_token, content=EOT, single_word=False, lstrip=False, rstrip=False,
                    normalized=False, special=True)
     model = dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix="",
                  end_of_word_suffix="", fuse_unk=False, byte_fallback=False, ignore_merges=False,
-                 merges=merges, vocab={text[token]: rank for token, rank in ranks.items()} | {EOT: encoding.eot_token})
+                 merges=merges, vocab=vocab | {EOT: encoding.eot_token})
     return dict(version="1.0", truncation=None, padding=None, added_tokens=[special], normalizer=None,
                 pre_tokenizer=byte_level, post_processor=None, decoder=byte_level, model=model)
 
 
 def export(checkpoint, folder):
-    """Write the folder, whole or not at all. ValueError where the checkpoint is none or the folder
-    exists."""
+    """Write the folder, whole or not at all. ValueError where the checkpoint is none or the folder exists."""
     folder = Path(folder).expanduser()
     if folder.exists():
         raise ValueError(f"{folder} is there already: give another name or delete it")
@@ -104,9 +95,9 @@ def export(checkpoint, folder):
     try:
         aside.mkdir(parents=True)
         for name, content in files.items():
-            write_text(aside / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-        weights = save(hf_weights(model), metadata=dict(format="pt"))
-        write_whole(aside / "model.safetensors", lambda f: f.write(weights))
+            text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+            (aside / name).write_text(text, encoding="utf-8")
+        (aside / "model.safetensors").write_bytes(save(hf_weights(model), metadata=dict(format="pt")))
         os.replace(aside, folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
