@@ -59,11 +59,16 @@ def get_encoding(name):
                              special_tokens={"<|endoftext|>": 4095})
 
 
+def cache_name(file):
+    """The name of one of GPT-2's two BPE files in tiktoken's cache."""
+    return hashlib.sha1((BPE_URL + file).encode()).hexdigest()
+
+
 def bpe_folder():
     """The folder of GPT-2's BPE files, named as in tiktoken's cache; downloads them where they lack."""
     here = Path(__file__).resolve().parent / ".cache" / "tiktoken"
     folder = Path(os.environ.get("TIKTOKEN_CACHE_DIR") or here).expanduser()
-    paths = {file: folder / hashlib.sha1((BPE_URL + file).encode()).hexdigest() for file in BPE_SHA256}
+    paths = {file: folder / cache_name(file) for file in BPE_SHA256}
     if {file: sha256_of(path) for file, path in paths.items()} == BPE_SHA256:
         return folder
     import requests  # tiktoken depends on it; slow to import, and needed only once
