@@ -128,7 +128,7 @@ def status(scale, study_dir):
         flags = ", ".join(dict.fromkeys(e["flags"]))
         print(form.format(name, e["state"], f"{e['step']}/{e['steps']}", *numbers, flags).rstrip())
     running = sum(e["state"] == "running" for e in entries)
-    print(where(scale, entries, running or jobs_at_once()))
+    print(where(scale, entries, running or jobs_at_once(scale)))
     left = ["training"] * any(e["state"] not in ENDED for e in entries) + [
         name for name in ("results.json", "figures", "report.md") if not (study_dir / name).exists()]
     if not running and left:
@@ -161,9 +161,9 @@ def devices():
     return [({variable: name}, *device) for name, device in zip(names, found)], why[-1]
 
 
-def jobs_at_once():
-    """JOBS, else one a GPU, else one a CPU core."""
-    jobs = study.words("JOBS", None, int) or [len(devices()[0]) or system.cores()]
+def jobs_at_once(scale):
+    """JOBS, else the scale's gpu_jobs on each GPU, else one a CPU core."""
+    jobs = study.words("JOBS", None, int) or [len(devices()[0]) * SCALES[scale].get("gpu_jobs", 1) or system.cores()]
     if len(jobs) > 1 or jobs[0] < 1:
         fail(f"JOBS={os.environ['JOBS']!r}: give one whole number of 1 or more, or leave JOBS unset")
     return jobs[0]
@@ -291,7 +291,7 @@ COMMON = ("NVIDIA B200", "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVID
 
 def plan(scale, study_dir):
     """Print in five lines what is left of a study, and its cost. ValueError where the disk is too full."""
-    c, jobs, (found, why) = scale_config(scale), jobs_at_once(), devices()
+    c, jobs, (found, why) = scale_config(scale), jobs_at_once(scale), devices()
     with torch.device("meta"):
         model = GPT(gpt_config(c))
     params, sweep_tokens, main_tokens = model.num_params(), SCALES[scale]["sweep_tokens"], c["max_tokens"]
@@ -368,7 +368,7 @@ def main(args):
             study.sweep_seeds(scale), scale_config(scale)
         match [command, *rest] if scale else []:
             case ["scale"]:
-                jobs_at_once()
+                jobs_at_once(scale)
                 print(scale)
             case ["plan" | "status" | "choose"]:
                 dict(plan=plan, status=status, choose=study.choose)[command](scale, study_dir)
@@ -383,7 +383,7 @@ def main(args):
                     print(f"main runs come after the sweep: first `python study.py choose {scale}`, then "
                           f"`python report.py --preregister out/{scale}`", file=sys.stderr)
             case ["run", stage] if stage in STAGES:
-                run(scale, stage, study_dir, jobs_at_once())
+                run(scale, stage, study_dir, jobs_at_once(scale))
             case ["count", "extend"]:
                 print(len(study.ARMS))
             case ["count", stage] if stage in STAGES:
@@ -393,7 +393,7 @@ def main(args):
                 run(scale, stage, study_dir, 1, lambda given: given == task)
             case ["extend", i]:
                 arm = nth(study.ARMS, i)
-                run(scale, "lr", study_dir, jobs_at_once(), lambda given: given[1] == f"config/{arm}.py")
+                run(scale, "lr", study_dir, jobs_at_once(scale), lambda given: given[1] == f"config/{arm}.py")
             case _:
                 fail("usage: python study.py plan|status|choose|data SCALE, list SCALE [STAGE], run SCALE "
                      f"STAGE; SCALE: {', '.join(SCALES)}; STAGE: {', '.join(STAGES)}")

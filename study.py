@@ -63,21 +63,21 @@ if unknown := [arm for arm in ARMS if arm not in LABELS]:
 # A scale is config/SCALE.py and its row here. sweep_tokens: of one sweep run, 1/15 of a main run at the
 # plan's scale. sweep_seeds: not main seeds, so that no main run is the one that its rate was picked on.
 SCALES = {
-    "80m": dict(sweep_tokens=20_000_000, sweep_seeds=[1], grids={  # one seed, as in the plan
+    "80m": dict(sweep_tokens=20_000_000, sweep_seeds=[1], gpu_jobs=1, grids={  # one seed, as in the plan
         "adamw": [1e-4, 3e-4, 6e-4, 1e-3, 2e-3],
         "adamw_qk": [3e-4, 6e-4, 1e-3, 2e-3, 4e-3],
         "muon": [6e-4, 1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3],
         "muon_qk": [6e-4, 1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3],
         "adamw_qk_frozen": [3e-4, 6e-4, 1e-3, 2e-3, 4e-3],
         "muon_qk_frozen": [6e-4, 1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3]}),
-    "4m": dict(sweep_tokens=1_100_000, sweep_seeds=[1, 2, 3], grids={  # a third of the main runs' cost
+    "4m": dict(sweep_tokens=1_100_000, sweep_seeds=[1, 2, 3], gpu_jobs=8, grids={  # a third of the main runs' cost
         "adamw": [3e-4, 6e-4, 1.2e-3, 2.4e-3, 4.8e-3],
         "adamw_qk": [6e-4, 1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3],
         "muon": [2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2],
         "muon_qk": [2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2],
         "adamw_qk_frozen": [6e-4, 1.2e-3, 2.4e-3, 4.8e-3, 9.6e-3],
         "muon_qk_frozen": [2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2]}),
-    "mini": dict(sweep_tokens=131_072, sweep_seeds=[1], grids={  # one: three would double a newcomer's wait
+    "mini": dict(sweep_tokens=131_072, sweep_seeds=[1], gpu_jobs=8, grids={  # one: three would double a newcomer's wait
         "adamw": [5e-4, 1e-3, 2e-3, 4e-3, 8e-3],
         "adamw_qk": [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2],
         "muon": [4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2],
@@ -386,7 +386,7 @@ def stage_runs(scale, stage, study_dir, fixed=False):
     if stage == "lr":
         due = {arm: [(lr, seed) for seed in sweep_seeds(scale) for lr in grid(scale, arm)] if fixed
                else missing_lrs(scale, arm, study_dir) for arm in ARMS}
-        keys = ["--n_ckpt=0", f"--max_tokens={SCALES[scale]['sweep_tokens']}"]
+        keys = ["--n_ckpt=0", "--first_look=0", f"--max_tokens={SCALES[scale]['sweep_tokens']}"]
         runs = [(study_dir / "sweep" / run_name("sweep", arm, lr, seed), arm, seed,
                  [f"--learning_rate={lr:g}", *keys])
                 for turn in itertools.zip_longest(*([(arm, *point) for point in due[arm]] for arm in ARMS))

@@ -445,7 +445,7 @@ def test_batches_are_a_permutation_of_the_epoch(tmp_path, data):
         out = subprocess.run([sys.executable, "-c", code, f"config/{arm}.py", *TINY, f"--data_dir={data}", f"--seed={seed}",
                               f"--out_dir={tmp_path / (arm + str(seed))}"], capture_output=True, text=True, cwd=ROOT, env=ENV)
         assert out.returncode == 0, out.stderr
-        blocks, n = out.stdout.rsplit(" ", 1)
+        blocks, n = out.stdout.splitlines()[-1].rsplit(" ", 1)
         order[arm, seed] = json.loads(blocks)
         n = int(n)
     tokens = np.fromfile(data / "train.bin", "<u2").astype(int)

@@ -396,7 +396,9 @@ def test_tilde_and_other_folders(tmp_path, encodings, monkeypatch):
     command = tokens.load_meta(tmp_path / "o ut")["command"]
     assert not (tmp_path / "~").exists()
     (tmp_path / "o ut" / "train.bin").unlink()
-    again = subprocess.run(["bash", "-c", command], cwd="/", capture_output=True, text=True)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    again = subprocess.run(["bash", "-c", command], cwd="/", capture_output=True, text=True,
+                           env=dict(os.environ, PATH=path))
     assert again.returncode == 0 and tokens.load_bin(tmp_path / "o ut", "train", 50257).size, again.stderr
 
 

@@ -293,8 +293,9 @@ def test_devices_are_counted_by_torch_and_named_as_they_were(cuda, capsys, tmp_p
         cuda.setenv("CUDA_VISIBLE_DEVICES", listed)
     found, why = jobs.devices()
     assert found == [({"CUDA_VISIBLE_DEVICES": entry}, "NVIDIA H100", 80 * 2**30) for entry in entries]
-    at_once = jobs.jobs_at_once()
+    at_once = jobs.jobs_at_once("80m")
     assert at_once == (len(entries) or 16)
+    assert jobs.jobs_at_once("4m") == (8 * len(entries) or 16)  # small models share a GPU
     jobs.plan("ci", tmp_path)
     what = f"{len(entries)} x NVIDIA H100, 80 GiB" if entries else \
         "CPU, 16 cores (RuntimeError: No CUDA GPUs are available)"
@@ -306,7 +307,7 @@ def test_devices_are_counted_by_torch_and_named_as_they_were(cuda, capsys, tmp_p
 def test_several_jobs_share_a_device_and_its_cores(cuda):
     cuda.delenv("OMP_NUM_THREADS", raising=False)
     cuda.setenv("JOBS", "5")
-    envs = [jobs.job_env(slot, jobs.jobs_at_once()) for slot in range(5)]
+    envs = [jobs.job_env(slot, jobs.jobs_at_once("80m")) for slot in range(5)]
     assert [env["CUDA_VISIBLE_DEVICES"] for env in envs] == ["0", "1", "0", "1", "0"]
     assert all((env["GPU_JOBS"], env["OMP_NUM_THREADS"], env["TORCHINDUCTOR_COMPILE_THREADS"]) == ("3", "3",
         "3") for env in envs)
@@ -361,7 +362,7 @@ def test_plan_learns_from_this_machine_only(tmp_path, capsys):
         if device == "another card":
             assert "no run here yet" in line
     # 15 runs of 64 s and 8 main runs of twice the tokens, by the jobs
-    took = jobs.duration((15 * 64 + 8 * 128) / jobs.jobs_at_once())
+    took = jobs.duration((15 * 64 + 8 * 128) / jobs.jobs_at_once("80m"))
     assert f"about {took} here, by its runs so far" in line
 
 
