@@ -1,4 +1,5 @@
-"""The tests of model, Muon, probes, config and a run: closed forms, independent implementations, the real script run tiny.
+"""The tests of model, Muon, probes, config and a run: closed forms, independent implementations, the real script run
+tiny.
 
     pytest                  all of it, minutes on two cores
     pytest -m slow          what takes longer: twenty kills, the real 80m shape
@@ -26,16 +27,17 @@ from probe import attention_stats, gram, pr1, pr2, probe, singular_values
 
 ROOT = Path(__file__).resolve().parent
 ENV = dict(os.environ, OMP_NUM_THREADS="1")
-TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--ffn_dim=48", "--block_size=16", "--vocab_size=256", "--batch_tokens=64",
-        "--max_tokens=1280", "--probe_tokens=64", "--log_interval=5", "--sv_interval=10", "--compile=0", "--dtype=float32",
-        "--device=cpu", "--learning_rate=0.01"]
+TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--ffn_dim=48", "--block_size=16", "--vocab_size=256",
+        "--batch_tokens=64", "--max_tokens=1280", "--probe_tokens=64", "--log_interval=5", "--sv_interval=10",
+        "--compile=0", "--dtype=float32", "--device=cpu", "--learning_rate=0.01"]
 
 
 def write_data(folder, n_train=4000, n_val=333, vocab=256, seed=0):
     """A data folder of tokens that can be learned: each follows from the one before, with noise."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
-    meta = dict(tokenizer="random", vocab_size=vocab, eot=0, settings={}, command="none", val_bytes=2 * n_val, train_bytes=2 * n_train)
+    meta = dict(tokenizer="random", vocab_size=vocab, eot=0, settings={}, command="none",
+                val_bytes=2 * n_val, train_bytes=2 * n_train)
     for split, name, n in (("train", "train.bin", n_train), ("val", "val_set.bin", n_val)):
         tokens = np.cumsum(rng.integers(1, 4, n)).astype(np.uint16) % vocab
         tokens.astype("<u2").tofile(folder / name)
@@ -46,8 +48,9 @@ def write_data(folder, n_train=4000, n_val=333, vocab=256, seed=0):
 
 def train(out_dir, data_dir, *args, arm="muon_qk", ok=True, **popen):
     """Run the real train.py; returns its stdout, or with ok=False its one line of error."""
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), f"config/{arm}.py", *TINY, f"--data_dir={data_dir}",
-                           f"--out_dir={out_dir}", *args], capture_output=True, text=True, env=ENV, **popen)
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), f"config/{arm}.py", *TINY,
+                           f"--data_dir={data_dir}", f"--out_dir={out_dir}", *args],
+                          capture_output=True, text=True, env=ENV, **popen)
     if ok:
         assert done.returncode == 0, done.stderr
         return done.stdout
@@ -73,7 +76,8 @@ def runs(data, tmp_path_factory):
 
 
 def tiny_model(qk_norm=False, seed=0, **kw):
-    c = GPTConfig(**{**dict(block_size=32, vocab_size=96, n_layer=2, n_head=2, n_embd=64, ffn_dim=80, qk_norm=qk_norm), **kw})
+    c = GPTConfig(**{**dict(block_size=32, vocab_size=96, n_layer=2, n_head=2, n_embd=64, ffn_dim=80,
+                            qk_norm=qk_norm), **kw})
     return GPT(c).init_weights(torch.Generator().manual_seed(seed))
 
 
@@ -111,7 +115,8 @@ def test_geometric_spectrum(q):
 
 def test_gain_sets_pr2_of_isotropic_keys():
     gain = torch.linspace(0.1, 2, 64, dtype=torch.float64)
-    k = torch.nn.functional.normalize(torch.randn(400_000, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), dim=1) * 8
+    k = torch.nn.functional.normalize(torch.randn(400_000, 64, dtype=torch.float64,
+                                                  generator=torch.Generator().manual_seed(0)), dim=1) * 8
     expected = (gain ** 2).sum() ** 2 / (gain ** 4).sum()
     assert pr2(singular_values(gram(k * gain))).item() == pytest.approx(expected.item(), rel=1e-3)
 
@@ -179,9 +184,11 @@ def test_probe_equals_numpy_on_captured_keys(qk_norm, monkeypatch):
         ws = np.linalg.svd(w, compute_uv=False)
         assert metrics[f"pr_layer_{i}"] == pytest.approx(np.mean(pr), rel=1e-5)
         assert metrics[f"pr_centered_layer_{i}"] == pytest.approx(np.mean(centered), rel=1e-5)
-        assert metrics[f"pr_weight_layer_{i}"] == pytest.approx(((ws ** 2).sum(1) ** 2 / (ws ** 4).sum(1)).mean(), rel=1e-6)
+        assert metrics[f"pr_weight_layer_{i}"] == pytest.approx(
+            ((ws ** 2).sum(1) ** 2 / (ws ** 4).sum(1)).mean(), rel=1e-6)
         assert metrics[f"attn_entropy_layer_{i}"] == pytest.approx(np.mean(entropy), rel=1e-5)
-        assert metrics[f"max_logit_layer_{i}"] == pytest.approx(max(logits[b, h][np.tril_indices(T)].max() for b in range(B) for h in range(H)), rel=1e-5)
+        assert metrics[f"max_logit_layer_{i}"] == pytest.approx(
+            max(logits[b, h][np.tril_indices(T)].max() for b in range(B) for h in range(H)), rel=1e-5)
         np.testing.assert_allclose(spectra[f"sv_layer_{i}"], spectrum, rtol=1e-4)
         np.testing.assert_allclose(spectra[f"sv_weight_layer_{i}"], ws, rtol=1e-5)
         # before RoPE: undo the rotation of each position
@@ -257,7 +264,8 @@ def test_flops_against_torch_counter():
 
 @pytest.mark.parametrize("T", [1, 128, 300])
 def test_attention_in_blocks_is_attention(T):
-    q, k, v, g = (torch.randn(2, 3, T, 64, generator=torch.Generator().manual_seed(i)).requires_grad_() for i in range(4))
+    q, k, v, g = (torch.randn(2, 3, T, 64, generator=torch.Generator().manual_seed(i)).requires_grad_()
+                  for i in range(4))
     ours, theirs = causal_blocks(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
     assert (ours - theirs).abs().max() < 2e-6
     for a, b in zip(torch.autograd.grad(ours, (q, k, v), g), torch.autograd.grad(theirs, (q, k, v), g)):
@@ -271,7 +279,8 @@ BOTH_KINDS_OF_DEVICE = pytest.mark.parametrize("bfloat16", [True, False])  # wit
 @BOTH_KINDS_OF_DEVICE
 def test_muon_equals_torch_optim_muon(monkeypatch, bfloat16):
     monkeypatch.setattr(muon, "has_bfloat16", lambda device: bfloat16)
-    monkeypatch.setattr(muon, "CPU_CHUNK", dict.fromkeys(muon.CPU_CHUNK, 2 * 64 * 64))  # the first four in two pieces, the rest alone
+    # the first four in two pieces, the rest alone
+    monkeypatch.setattr(muon, "CPU_CHUNK", dict.fromkeys(muon.CPU_CHUNK, 2 * 64 * 64))
     shapes = [(64, 64)] * 4 + [(128, 64)] * 2 + [(64, 128), (128, 352), (352, 128), (128, 128)]
     g = torch.Generator().manual_seed(0)
     ours = [torch.nn.Parameter(torch.randn(s, generator=g) * 0.02) for s in shapes]
@@ -286,7 +295,8 @@ def test_muon_equals_torch_optim_muon(monkeypatch, bfloat16):
         a.step(), b.step()
         for p, q, (p0, q0) in zip(ours, theirs, before):
             update, reference = p - p0, q - q0
-            assert (update - reference).norm() / reference.norm() < 0.02, (step, tuple(p.shape))  # bf16 rounding over five products
+            # bf16 rounding over five products
+            assert (update - reference).norm() / reference.norm() < 0.02, (step, tuple(p.shape))
 
 
 @BOTH_KINDS_OF_DEVICE
@@ -296,7 +306,8 @@ def test_ranks_share_newton_schulz_however_small_the_pieces(monkeypatch, bfloat1
     monkeypatch.setattr(muon, "has_bfloat16", lambda device: bfloat16)
     monkeypatch.setattr(muon, "CPU_CHUNK", dict.fromkeys(muon.CPU_CHUNK, 1))
     monkeypatch.setattr(muon, "orthogonalize", lambda G: taken.append(len(G)) or G)
-    for name, result in (("is_initialized", True), ("get_world_size", 3), ("get_rank", 1), ("all_gather_into_tensor", None)):
+    for name, result in (("is_initialized", True), ("get_world_size", 3), ("get_rank", 1),
+                         ("all_gather_into_tensor", None)):
         monkeypatch.setattr(muon.dist, name, lambda *args, result=result: result)
     params = [torch.nn.Parameter(torch.zeros(8, 16)) for _ in range(10)]
     for p in params:
@@ -347,7 +358,8 @@ def test_config_files_and_arguments(tmp_path):
     script = ROOT / "train.py"
     file = tmp_path / "mine.py"
     file.write_text("# mine\nlearning_rate = 1\nmax_tokens = 1e6\nqk_norm = True\n")
-    config = configurator.resolve(script, [str(file), "--max_tokens=2e6", "--qk_norm=false", "--compile=1", "--out_dir=5"])
+    config = configurator.resolve(script, [str(file), "--max_tokens=2e6", "--qk_norm=false", "--compile=1",
+                                           "--out_dir=5"])
     assert config["learning_rate"] == 1.0 and type(config["learning_rate"]) is float
     assert config["max_tokens"] == 2_000_000 and type(config["max_tokens"]) is int
     assert config["qk_norm"] is False and config["compile"] is True and config["out_dir"] == "5"
@@ -356,7 +368,8 @@ def test_config_files_and_arguments(tmp_path):
 
 @pytest.mark.parametrize("args, says", [
     (["--lerning_rate=1"], "did you mean learning_rate"), (["--seed=1.5"], "seed = 1.5 is not of type int"),
-    (["--qk_norm=maybe"], "qk_norm = 'maybe' is not of type bool"), (["--learning_rate=fast"], "learning_rate = 'fast' is not of type float"),
+    (["--qk_norm=maybe"], "qk_norm = 'maybe' is not of type bool"),
+    (["--learning_rate=fast"], "learning_rate = 'fast' is not of type float"),
     (["--seed"], "--seed=VALUE"), (["nothing.py"], "no such config file"), (["--qk_norm=2"], "not of type bool"),
     (["--max_tokens=nan"], "max_tokens"), (["--seed=True"], "seed = True is not of type int")])
 def test_wrong_arguments(args, says):
@@ -365,7 +378,8 @@ def test_wrong_arguments(args, says):
 
 
 @pytest.mark.parametrize("text, says", [
-    ("n_layr = 3\n", "did you mean n_layer"), ("n_layer = 'x'\n", "not of type int"), ("import os\n", "line 1: not a plain assignment"),
+    ("n_layr = 3\n", "did you mean n_layer"), ("n_layer = 'x'\n", "not of type int"),
+    ("import os\n", "line 1: not a plain assignment"),
     ("n_layer = 1 + seed\n", "line 1: not a plain assignment"), ("n_layer =\n", "line 1")])
 def test_wrong_config_file(tmp_path, text, says):
     (tmp_path / "c.py").write_text(text)
@@ -374,7 +388,8 @@ def test_wrong_config_file(tmp_path, text, says):
 
 
 def test_help_lists_every_key_with_its_comment():
-    out = subprocess.run([sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, text=True, env=ENV).stdout
+    out = subprocess.run([sys.executable, str(ROOT / "train.py"), "--help"],
+                         capture_output=True, text=True, env=ENV).stdout
     for key, _, comment, _ in configurator.assignments(ROOT / "train.py", "configure("):
         if key:
             assert comment, f"{key} has no comment"
@@ -417,7 +432,8 @@ def test_part_of_the_val_set_leaves_the_probe_alone(tmp_path, runs, data):
     model = GPT(GPTConfig(16, 256, 2, 2, 32, 48, True)).init_weights(torch.Generator().manual_seed(42))
     tokens = torch.from_numpy(np.fromfile(data / "val_set.bin", "<u2").astype(np.int64)[:33])
     with torch.no_grad():
-        assert part["val_loss"] == pytest.approx(model(tokens[:-1].view(2, 16), tokens[1:].view(2, 16)).item(), abs=1e-5)
+        assert part["val_loss"] == pytest.approx(
+            model(tokens[:-1].view(2, 16), tokens[1:].view(2, 16)).item(), abs=1e-5)
 
 
 def test_spectra_agree_with_the_log(runs):
@@ -429,7 +445,8 @@ def test_spectra_agree_with_the_log(runs):
             _, _, layer, _, step = f.stem.split("_")
             s = np.load(f)
             assert s.shape == (2, 16) and s.dtype == np.float32 and (np.diff(s, axis=1) <= 0).all()
-            assert (s.sum(1) ** 2 / (s ** 2).sum(1)).mean() == pytest.approx(by_step[int(step)][f"pr_layer_{layer}"], abs=1e-4)
+            assert (s.sum(1) ** 2 / (s ** 2).sum(1)).mean() == pytest.approx(
+                by_step[int(step)][f"pr_layer_{layer}"], abs=1e-4)
             s = np.load(f.with_name(f.name.replace("sv_", "sv_weight_")))
             assert (s ** 2).sum(1).__pow__(2).__truediv__((s ** 4).sum(1)).mean() == pytest.approx(
                 by_step[int(step)][f"pr_weight_layer_{layer}"], abs=1e-4)
@@ -440,10 +457,12 @@ def test_batches_are_a_permutation_of_the_epoch(tmp_path, data):
     source = (ROOT / "train.py").read_text().split("# ---- model and optimizers")[0]
     order = {}
     for arm, seed in (("adamw", 1), ("muon_qk", 1), ("adamw", 2)):
-        code = source + "\nn = n_blocks\nprint(json.dumps([int(block_at(i)[0]) * 65536 + int(block_at(i)[1]) for i in range(2 * n)]), n)\n"
+        code = (source + "\nn = n_blocks\n"
+                "print(json.dumps([int(block_at(i)[0]) * 65536 + int(block_at(i)[1]) for i in range(2 * n)]), n)\n")
         code = code.replace("__file__", repr(str(ROOT / "train.py")))
-        out = subprocess.run([sys.executable, "-c", code, f"config/{arm}.py", *TINY, f"--data_dir={data}", f"--seed={seed}",
-                              f"--out_dir={tmp_path / (arm + str(seed))}"], capture_output=True, text=True, cwd=ROOT, env=ENV)
+        out = subprocess.run([sys.executable, "-c", code, f"config/{arm}.py", *TINY, f"--data_dir={data}",
+                              f"--seed={seed}", f"--out_dir={tmp_path / (arm + str(seed))}"],
+                             capture_output=True, text=True, cwd=ROOT, env=ENV)
         assert out.returncode == 0, out.stderr
         blocks, n = out.stdout.splitlines()[-1].rsplit(" ", 1)
         order[arm, seed] = json.loads(blocks)
@@ -460,7 +479,8 @@ def test_run_again_is_a_no_op_and_other_settings_are_refused(runs, data):
     assert "nothing to do" in train(runs / "muon_qk-seed42", data)
     line = train(runs / "muon_qk-seed42", data, "--weight_decay=0.2", ok=False)
     assert "weight_decay 0.1 -> 0.2" in line
-    assert before == {p.name: p.read_bytes() for p in (runs / "muon_qk-seed42").iterdir() if p.is_file() and p.name != "lock"}
+    assert before == {p.name: p.read_bytes() for p in (runs / "muon_qk-seed42").iterdir()
+                      if p.is_file() and p.name != "lock"}
 
 
 def test_dtype_auto_is_what_the_device_multiplies_and_is_written_down(tmp_path, data):
@@ -469,7 +489,8 @@ def test_dtype_auto_is_what_the_device_multiplies_and_is_written_down(tmp_path, 
     assert dtype == ("bfloat16" if system.has_bfloat16("cpu") else "float32")
     assert "nothing to do" in train(tmp_path / "r", data, "--max_tokens=64", f"--dtype={dtype}")
     other = {"bfloat16": "float32", "float32": "bfloat16"}[dtype]
-    assert f"dtype '{dtype}' -> '{other}'" in train(tmp_path / "r", data, "--max_tokens=64", f"--dtype={other}", ok=False)
+    assert f"dtype '{dtype}' -> '{other}'" in train(tmp_path / "r", data, "--max_tokens=64",
+                                                    f"--dtype={other}", ok=False)
 
 
 def test_final_block_can_be_grepped(tmp_path, data):
@@ -477,7 +498,8 @@ def test_final_block_can_be_grepped(tmp_path, data):
     block = dict(re.findall(r"^(\w+): +(.+)$", out.split("---\n")[1], re.M))
     assert float(block["val_loss"]) == pytest.approx(study.load_run(tmp_path / "r")["val_loss"], abs=1e-6)
     assert int(block["tokens"]) == 256 and block["mfu"] == "unknown"
-    assert (tmp_path / "r" / "source" / "train.py").exists() and (tmp_path / "r" / "source" / "versions.json").exists()
+    assert ((tmp_path / "r" / "source" / "train.py").exists()
+            and (tmp_path / "r" / "source" / "versions.json").exists())
 
 
 def test_gradient_accumulation_changes_nothing_but_rounding(tmp_path, data):
@@ -496,18 +518,21 @@ def test_train_loss_is_the_mean_over_micro_batches(tmp_path, data):
 
 # ---- train.py: bad input, one line each, nothing written
 @pytest.mark.parametrize("args, says", [
-    (["--scale=80b"], "scale '80b' is not known: choose one of 80m, 4m, mini"), (["--arm=sgd"], "arm 'sgd' is not known"),
+    (["--scale=80b"], "scale '80b' is not known: choose one of 80m, 4m, mini"),
+    (["--arm=sgd"], "arm 'sgd' is not known"),
     (["--batch_tokens=60"], "batch_tokens 60 is no multiple of block_size 16"),
     (["--batch_tokens=48", "--micro_batch=2"], "3 sequences a device do not divide into micro-batches of 2"),
     (["--block_size=8192", "--batch_tokens=8192", "--probe_tokens=8192", "--max_tokens=8192"], "holds 4000 tokens"),
     (["--probe_tokens=512"], "val_set.bin holds 333 tokens"), (["--vocab_size=100"], "vocabulary of 256"),
-    (["--max_tokens=10"], "max_tokens 10 is less than one batch"), (["--n_head=3"], "n_embd 32 does not divide into 3 heads"),
-    (["--data_dir=nowhere"], "meta.json is missing"), (["--dtype=float8"], "dtype 'float8' is not supported"),
-    (["--device=mps"], "device 'mps' is not supported"), (["--device=foo"], "device 'foo' is not supported"),
-    (["--device=cuda:7"], "device cuda:7 is not there"), (["--device=xpu:0"], "choose auto, cpu, cuda or cuda:N"),
-    (["--n_layer=0"], "n_layer 0 makes no sense"), (["--micro_batch=-1"], "micro_batch -1 makes no sense"), (["--seed=-1"], "seed -1"),
-    (["--learning_rate=-1"], "learning_rate -1.0"), (["--learning_rate=1e999"], "learning_rate inf"), (["--warmup_frac=1.5"], "at most 1"),
-    (["--ckpt_interval_s=-1"], "ckpt_interval_s -1.0"), (["--batch_tokens=0"], "batch_tokens 0"), (["--block_size=0"], "block_size 0")])
+    (["--max_tokens=10"], "max_tokens 10 is less than one batch"),
+    (["--n_head=3"], "n_embd 32 does not divide into 3 heads"), (["--data_dir=nowhere"], "meta.json is missing"),
+    (["--dtype=float8"], "dtype 'float8' is not supported"), (["--device=mps"], "device 'mps' is not supported"),
+    (["--device=foo"], "device 'foo' is not supported"), (["--device=cuda:7"], "device cuda:7 is not there"),
+    (["--device=xpu:0"], "choose auto, cpu, cuda or cuda:N"), (["--n_layer=0"], "n_layer 0 makes no sense"),
+    (["--micro_batch=-1"], "micro_batch -1 makes no sense"), (["--seed=-1"], "seed -1"),
+    (["--learning_rate=-1"], "learning_rate -1.0"), (["--learning_rate=1e999"], "learning_rate inf"),
+    (["--warmup_frac=1.5"], "at most 1"), (["--ckpt_interval_s=-1"], "ckpt_interval_s -1.0"),
+    (["--batch_tokens=0"], "batch_tokens 0"), (["--block_size=0"], "block_size 0")])
 def test_bad_settings(tmp_path, data, args, says):
     line = train(tmp_path / "r", data, *args, ok=False)
     assert says in line
@@ -518,7 +543,8 @@ def test_damaged_data(tmp_path):
     folder = write_data(tmp_path / "d")
     whole = (folder / "train.bin").read_bytes()
     for content, says in ((whole[:-10], "bytes, expected"), (None, "train.bin is missing"),
-                          (whole[:-2] + b"\xff\x00", "sha256"), (whole[:-2] + b"\x10\x27", "token id 10000, beyond the 256 ids")):
+                          (whole[:-2] + b"\xff\x00", "sha256"),
+                          (whole[:-2] + b"\x10\x27", "token id 10000, beyond the 256 ids")):
         (folder / "train.bin").write_bytes(content) if content else (folder / "train.bin").unlink()
         assert says in train(tmp_path / "r", folder, ok=False)
         assert not (tmp_path / "r").exists()

