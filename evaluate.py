@@ -296,7 +296,7 @@ def evaluate_study(study_dir, local, args):
                                       study_dir / "eval")
             found = flat(runs[name])
             keys = "val_loss", "val_ppl", "hellaswag_acc_norm", "lambada_acc", "wikitext_word_ppl"
-            tqdm.write(f"{name:<18}" + "  ".join(f"{key} {found[key]:.5g}" for key in keys if key in found))
+            tqdm.write(f"{name:<24} " + "  ".join(f"{key} {found[key]:.5g}" for key in keys if key in found))
         except ValueError as e:  # a damaged file must not keep the others from being evaluated
             left_out[name] = str(e)
             damaged.append(e)

@@ -156,8 +156,8 @@ def peak_memory(device):
 
 # ---- signals
 def catch_signals():
-    """A list that gets the number of the first SIGTERM, SIGINT or SIGHUP; one more ends the process at once, if it comes
-    a second later: a scheduler may send its own beside the one that study.py passes on."""
+    """A list that gets the number of the first SIGTERM, SIGINT or SIGHUP; one more ends the process at once, if it
+    comes a second later: a scheduler may send its own beside the one that study.py passes on."""
     caught, at = [], []
 
     def on_signal(number, frame):

@@ -90,7 +90,8 @@ shares = "warmup_frac min_lr_frac beta1 beta2".split()
 for key, value in config.items():
     if type(value) in (int, float):
         low, high = int(key in sizes), 1 if key in shares else sys.float_info.max
-        check(low <= value <= high, f"{key} {value} makes no sense: give {low} or more" + ", at most 1" * (key in shares))
+        check(low <= value <= high,
+              f"{key} {value} makes no sense: give {low} or more" + ", at most 1" * (key in shares))
 check(n_embd % (2 * n_head) == 0, f"n_embd {n_embd} does not divide into {n_head} heads of even width: change one")
 max_steps = max_tokens // batch_tokens
 check(max_steps > 0, f"max_tokens {max_tokens} is less than one batch of {batch_tokens}: raise it")
@@ -393,8 +394,9 @@ with system.errors_in_one_line(f"cannot write into {out_dir}", "mend that and ru
             log(row)
             if looks:
                 number = lambda key: row.get(key) or math.nan
-                say(f"step {step}/{max_steps}  {row['tokens'] / 1e6:.2f}M tokens  train {number('train_loss'):.4f}  val "
-                    f"{row['val_loss']:.4f}  mean PR {number('mean_pr'):.2f}  {number('tokens_per_s'):,.0f} tokens/s")
+                say(f"step {step}/{max_steps}  {row['tokens'] / 1e6:.2f}M tokens  train {number('train_loss'):.4f}  "
+                    f"val {row['val_loss']:.4f}  mean PR {number('mean_pr'):.2f}  "
+                    f"{number('tokens_per_s'):,.0f} tokens/s")
             if step in token_steps:
                 save(out_dir / f"ckpt_step_{step}.pt")
                 last_save = time.time()
@@ -408,8 +410,8 @@ with system.errors_in_one_line(f"cannot write into {out_dir}", "mend that and ru
             last_save = time.time()
             clock += time.perf_counter() - before
         if stop:
-            say(f"stopped by {signal.Signals(stop).name} at step {step} of {max_steps}, saved in {out_dir}: run the same "
-                f"command again to go on")
+            say(f"stopped by {signal.Signals(stop).name} at step {step} of {max_steps}, saved in {out_dir}: run the "
+                f"same command again to go on")
             sys.exit(128 + stop)
 
         if master and time.time() - noted > 5:  # for whoever watches a study; rows of the log are far apart
@@ -455,7 +457,8 @@ with system.errors_in_one_line(f"cannot write into {out_dir}", "mend that and ru
         say("---")
         for key, value in dict(
                 arm=arm, seed=seed, learning_rate=f"{learning_rate:g}", dtype=dtype, micro_batch=micro,
-                num_params=model.num_params(), tokens=step * batch_tokens, val_loss=f"{final['val_loss'] or math.nan:.6f}",
+                num_params=model.num_params(), tokens=step * batch_tokens,
+                val_loss=f"{final['val_loss'] or math.nan:.6f}",
                 mean_pr=f"{final['rows'][-1].get('mean_pr', math.nan):.4f}", train_seconds=f"{train_seconds:.1f}",
                 total_seconds=f"{time.time() - start:.1f}", tokens_per_s=f"{speed:.0f}",
                 mfu=f"{speed * model.flops_per_token() / world / peak:.4f}" if peak else "unknown",

@@ -1,4 +1,4 @@
-# The plan's scale: 79.1M parameters, main runs of 300M tokens. train.py's defaults, repeated so that they can be read here.
+# The plan's scale: 79.1M parameters, main runs of 300M tokens. train.py's defaults, repeated to be read here.
 scale = "80m"
 n_layer = 22
 n_head = 8

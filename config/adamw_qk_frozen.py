@@ -1,4 +1,4 @@
-# AdamW everywhere, QK-Norm whose gains stay at one: is what QK-Norm does to keys done by its gains?
+# AdamW everywhere, QK-Norm whose gains stay at one: does QK-Norm act by its gains?
 arm = "adamw_qk_frozen"
 optimizer = "adamw"
 qk_norm = True

@@ -1,4 +1,4 @@
-# Ten minutes on two cores, half an hour where they have no bfloat16: the whole study as a working whole, far too short to settle its question.
+# Ten minutes on two cores, half an hour where they have no bfloat16: the study as a working whole, far too short.
 scale = "mini"
 n_layer = 6
 n_head = 2

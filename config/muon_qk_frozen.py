@@ -1,4 +1,4 @@
-# Muon on hidden matrices, AdamW on the rest, QK-Norm whose gains stay at one: is what QK-Norm does to keys done by its gains?
+# Muon on hidden matrices, AdamW on the rest, QK-Norm whose gains stay at one: does QK-Norm act by its gains?
 arm = "muon_qk_frozen"
 optimizer = "muon"
 qk_norm = True
