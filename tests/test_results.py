@@ -1,7 +1,6 @@
 """The finished studies in docs/results: their tables and verdicts come out of the kept logs again."""
 import re
 import shutil
-import tarfile
 
 import numpy as np
 import pytest
@@ -19,8 +18,7 @@ def kept(request, tmp_path_factory):
     """A copy of a finished study with its logs and spectra unpacked, as the scripts left it."""
     folder = shutil.copytree(request.param, tmp_path_factory.mktemp("kept") / request.param.name)
     for archive in folder.glob("*.tar.xz"):
-        with tarfile.open(archive) as tar:
-            tar.extractall(folder, filter="data")
+        shutil.unpack_archive(archive, folder)
     return folder
 
 
