@@ -365,7 +365,7 @@ def lr_sweep(sweep, picks):
             notes += [f"tie with {' and '.join(map(short, pick['tie']))}"] * bool(ties)
             title = f"{LABELS[arm]}: lr {short(pick['lr'])}" + ",\n" * bool(notes) + ", ".join(notes)
         ax.set_title(title, fontsize=9)
-        ax.set(xscale="log", ylim=(min(losses) - 2 * pad, roof + 0.7 * pad))
+        ax.set(xscale="log", ylim=(min(losses) - 3.2 * pad, roof + 0.7 * pad))
         ax.set_xlim(min(rates) / 1.5, max(rates) * 1.5)
         ax.xaxis.set(major_locator=FixedLocator([*rates]), minor_locator=NullLocator(),
                      major_formatter=FuncFormatter(lambda lr, _: short(lr)))
