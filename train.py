@@ -63,7 +63,6 @@ first_look = True  # a row at step 0 as well; sweep runs do without, since nothi
 sv_interval = 5000  # steps between spectra; also at step 0, at every token checkpoint and at the end; 0: only there
 n_ckpt = 6  # checkpoints at so many equal shares of the budget (the plan's 50M ... 300M); 0: none is kept
 ckpt_interval_s = 900.0  # seconds between rolling checkpoints, so that a kill costs little; 0: none
-looks = True  # False: no val loss, no probes; the weights must come out the same
 # system
 device = "auto"  # cuda where there is one, else cpu; or cpu, cuda, cuda:1
 dtype = "auto"  # autocast's; bfloat16 where the device multiplies it in hardware, else float32, there 10 x faster
@@ -305,10 +304,7 @@ def restore():
             os.truncate(log_path, end)
     if ddp:
         dist.barrier()
-    skip = state.get("skip")
-    if isinstance(skip, list):  # as checkpoints had it once
-        skip = skip[0] if skip else None
-    return state.get("step", 0), skip, bool(state)
+    return state.get("step", 0), state.get("skip"), bool(state)
 
 
 def data_index(step):
@@ -355,16 +351,15 @@ with system.errors_in_one_line(f"cannot write into {out_dir}", "mend that and ru
                        train_loss=None if train_loss is None else train_loss.item(),
                        grad_norm=None if grad_norm is None else grad_norm.item(),
                        tokens_per_s=intervals[-1][0] * batch_tokens / intervals[-1][1] if step > since else None)
-            if looks:
-                row["val_loss"] = evaluate()
-                if math.isfinite(row["val_loss"]):
-                    metrics, spectra = probe(model, probe_idx) if master else ({}, {})
-                    row.update(metrics)
-                broken = not row["val_loss"] < explode or not all(math.isfinite(x or 0) for x in row.values())
-                broken = torch.tensor(int(broken))
-                if ddp:
-                    dist.all_reduce(broken, op=dist.ReduceOp.MAX)
-                bad_step = step - 1 if broken else -1  # the last update broke the weights
+            row["val_loss"] = evaluate()
+            if master and math.isfinite(row["val_loss"]):
+                metrics, spectra = probe(model, probe_idx)
+                row.update(metrics)
+            broken = not row["val_loss"] < explode or not all(math.isfinite(x or 0) for x in row.values())
+            broken = torch.tensor(int(broken))
+            if ddp:
+                dist.all_reduce(broken, op=dist.ReduceOp.MAX)
+            bad_step = step - 1 if broken else -1  # the last update broke the weights
         if bad_step >= 0:
             reason = dict(step=bad_step, tokens=bad_step * batch_tokens, batch=data_index(bad_step))
             if skip is not None:  # it was restarted once already
@@ -387,16 +382,14 @@ with system.errors_in_one_line(f"cannot write into {out_dir}", "mend that and ru
             if step in {0, max_steps, *token_steps} or sv_interval and step % sv_interval == 0:
                 for name, s in spectra.items():
                     system.write_whole(out_dir / f"{name}_step_{step}.npy", lambda f: np.save(f, s))
-            if step in token_steps and looks and master:
+            if step in token_steps and master:
                 spot = study.spot_check(out_dir, row)
                 log(spot)
                 say(f"spot check: {study.spot_check_line(spot)}")
             log(row)
-            if looks:
-                number = lambda key: row.get(key) or math.nan
-                say(f"step {step}/{max_steps}  {row['tokens'] / 1e6:.2f}M tokens  train {number('train_loss'):.4f}  "
-                    f"val {row['val_loss']:.4f}  mean PR {number('mean_pr'):.2f}  "
-                    f"{number('tokens_per_s'):,.0f} tokens/s")
+            number = lambda key: row.get(key) or math.nan
+            say(f"step {step}/{max_steps}  {row['tokens'] / 1e6:.2f}M tokens  train {number('train_loss'):.4f}  "
+                f"val {row['val_loss']:.4f}  mean PR {number('mean_pr'):.2f}  {number('tokens_per_s'):,.0f} tokens/s")
             if step in token_steps:
                 save(out_dir / f"ckpt_step_{step}.pt")
                 last_save = time.time()
@@ -458,8 +451,8 @@ with system.errors_in_one_line(f"cannot write into {out_dir}", "mend that and ru
         for key, value in dict(
                 arm=arm, seed=seed, learning_rate=f"{learning_rate:g}", dtype=dtype, micro_batch=micro,
                 num_params=model.num_params(), tokens=step * batch_tokens,
-                val_loss=f"{final['val_loss'] or math.nan:.6f}",
-                mean_pr=f"{final['rows'][-1].get('mean_pr', math.nan):.4f}", train_seconds=f"{train_seconds:.1f}",
+                val_loss=f"{final['val_loss']:.6f}",
+                mean_pr=f"{final['rows'][-1]['mean_pr']:.4f}", train_seconds=f"{train_seconds:.1f}",
                 total_seconds=f"{time.time() - start:.1f}", tokens_per_s=f"{speed:.0f}",
                 mfu=f"{speed * model.flops_per_token() / world / peak:.4f}" if peak else "unknown",
                 peak_memory_mb=f"{system.peak_memory(device) / 2**20:.0f}", out_dir=out_dir).items():

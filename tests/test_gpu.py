@@ -166,7 +166,8 @@ def test_training_bytes_against_what_autograd_keeps(compiled, qk_norm):
 
 
 def test_ranks_exchange_one_message_a_step(tmp_path, data):  # noqa: F811
-    """All gradients and the loss in one buffer; the other call is the two flags of stopping and saving."""
+    """All gradients and the loss in one buffer; the other call is the two flags of stopping and
+    saving. One look, at the end, has two of its own: the val loss, and whether it is finite."""
     (tmp_path / "count.py").write_text(
         f"import runpy, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport torch.distributed as dist\n"
         "real, calls = dist.all_reduce, []\n"
@@ -176,11 +177,12 @@ def test_ranks_exchange_one_message_a_step(tmp_path, data):  # noqa: F811
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
                            "--nproc_per_node=1", str(tmp_path / "count.py"), "config/adamw.py", *TINY,
                            f"--data_dir={data}", f"--out_dir={tmp_path / 'r'}", "--max_tokens=320",
-                           "--looks=0", "--n_ckpt=0"], capture_output=True, text=True, env=ENV, cwd=ROOT)
+                           "--log_interval=0", "--first_look=0", "--n_ckpt=0"],
+                          capture_output=True, text=True, env=ENV, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     calls = json.loads(done.stdout.split("calls ")[1])
     params = study.read_json(tmp_path / "r/config.json")["num_params"]
-    assert [n for n in calls if n > 2] == [params + 1] * 5 and len(calls) == 5 + 6
+    assert [n for n in calls if n > 2] == [params + 1] * 5 and len(calls) == 5 + 6 + 2
 
 
 # ---- a real GPU
