@@ -46,8 +46,7 @@ def start_device(name, local_rank=0, deterministic=False):
     if kind not in ("cpu", "cuda") or not index.isdecimal():
         raise ValueError(f"device {name!r} is not supported: choose auto, cpu, cuda or cuda:N")
     if kind == "cuda" and int(index) >= there:
-        raise ValueError(f"device cuda:{index} is not there: torch {torch.__version__} sees {there} CUDA devices"
-                         f"{why_cpu()}")
+        raise ValueError(f"device cuda:{index} is not there: torch sees {there} CUDA devices{why_cpu()}")
     # training multiplies in bfloat16; what is left in float32 is the probes, and those have to be exact. This call
     # sets the older and the newer switch: with one alone, TORCH_ALLOW_TF32_CUBLAS_OVERRIDE makes later queries an error
     torch.set_float32_matmul_precision("highest")
@@ -64,8 +63,8 @@ def why_cpu():
     if torch.cuda.is_available():
         return ""
     built = torch.version.cuda or torch.version.hip
-    return f" (built for {built}, but no usable GPU or driver)" if built else \
-        f" (torch {torch.__version__} is a CPU build)"
+    why = f"built for {built}, but no usable GPU or driver" if built else "a CPU build"
+    return f" (torch {torch.__version__}, {why})"
 
 
 def cores():

