@@ -1,7 +1,7 @@
 """Config files and --key=value over a script's own globals, checked.
 
-A script's keys are the plain assignments at its top, up to the line that calls configure(). Config
-files are plain assignments too: nothing in them is executed.
+A script's keys are the plain assignments at its top, up to the line that calls configure(). Config files are
+plain assignments too: nothing in them is executed.
 """
 import ast
 import contextlib
@@ -26,8 +26,8 @@ def find(path):
 
 @contextlib.contextmanager
 def whole_file(path):
-    """A binary file to write that gets its name once it is whole and on disk: path is whole or as it was
-    before, and nothing is left beside it. OSError, which names the path, where that fails."""
+    """A binary file to write that gets its name once it is whole and on disk: path is whole or as it was before,
+    and nothing is left beside it. OSError, which names the path, where that fails."""
     aside = Path(f"{path}.tmp")
     try:
         with open(aside, "wb") as f:
@@ -45,94 +45,71 @@ def whole_file(path):
 
 
 def assignments(path, until=None):
-    """[(key, value, comment, line number)] of the plain `key = literal  # comment` lines of a file;
-    headings come as (None, heading, "", line number). ValueError for anything else, unless `until`
-    names the call that ends the part to read."""
+    """[(key, value, line number)] of the plain `key = literal` lines of a file. ValueError for anything else,
+    unless `until` names the call that ends the part to read."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        body = ast.parse(text).body
+        body = ast.parse(Path(path).read_text(encoding="utf-8")).body
     except (OSError, UnicodeDecodeError) as e:
-        raise ValueError(f"config file {path} cannot be read: {e}") from None
+        raise ValueError(f"config file {path} cannot be read ({e}): give config files and --key=value") from None
     except SyntaxError as e:
         raise ValueError(f"{path}, line {e.lineno}: not a plain assignment: write `key = value`") from None
-    lines, found = text.splitlines(), []
+    found = []
     for node in body:
         if until and until in ast.unparse(node):
             break
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) \
-                or until and not isinstance(node, ast.Assign):
-            continue  # docstring, or an import of the script itself
-        above = lines[node.lineno - 2] if node.lineno > 1 else ""
-        if until and above.startswith("# "):
-            found.append((None, above[2:], "", node.lineno - 1))
+        if until and not isinstance(node, ast.Assign):
+            continue  # the docstring or an import of the script itself
         try:
-            key, value = node.targets[0].id, ast.literal_eval(node.value)
-            comment = lines[node.end_lineno - 1][node.end_col_offset:].strip().lstrip("# ")
+            found.append((node.targets[0].id, ast.literal_eval(node.value), node.lineno))
         except (AttributeError, ValueError):
-            raise ValueError(f"{path}, line {node.lineno}: not a plain assignment: "
-                             f"write `key = value`") from None
-        found.append((key, value, comment, node.lineno))
+            raise ValueError(f"{path}, line {node.lineno}: not a plain assignment: write `key = value`") from None
     return found
 
 
-def cast(key, value, default, where):
-    """value as the type of default: an int serves for a float, 1e5 for an int, true/false/1/0 for a bool."""
-    want = type(default)
-    if isinstance(value, str) and want is not str:
-        try:
-            value = ast.literal_eval({"true": "True", "false": "False"}.get(value.lower(), value))
-        except (ValueError, SyntaxError):
-            pass
-    if want is bool and value in (0, 1) and isinstance(value, (bool, int)):
-        return bool(value)
-    if want is float and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return float(value)
-    if want is int and isinstance(value, float) and value == value and value.is_integer():
-        return int(value)
-    if type(value) is want:
-        return value
-    raise ValueError(f"{where}: {key} = {value!r} is not of type {want.__name__}, such as {default!r}")
-
-
-def known(key, defaults, where):
+def checked(key, value, defaults, where):
+    """value as the type of the key's default: an int serves for a float, 1e5 for an int, true/false/1/0 for a bool."""
     if key not in defaults:
         near = difflib.get_close_matches(key, defaults, 1, 0)
         raise ValueError(f"{where}: no key named {key}: did you mean {near[0]}? --help lists them all")
+    want = type(defaults[key])
+    if isinstance(value, str) and want is not str:
+        with contextlib.suppress(ValueError, SyntaxError):
+            value = ast.literal_eval({"true": "True", "false": "False"}.get(value.lower(), value))
+    kind = type(value)
+    fits = {bool: kind is int and value in (0, 1), int: kind is float and value.is_integer(), float: kind is int}
+    if kind is not want and not fits.get(want):
+        raise ValueError(f"{where}: {key} = {value!r} is not of type {want.__name__}, such as {defaults[key]!r}")
+    return value if kind is want else want(value)
 
 
 def resolve(script, args):
-    """All keys of a script as {key: value}: its defaults, then config files and --key=value in
-    order, later ones win. ValueError, in one line, for an unknown key, a wrong type or a file
-    that is no config file."""
-    defaults = {key: value for key, value, _, _ in assignments(script, "configure(") if key}
+    """All keys of a script as {key: value}: its defaults, then config files and --key=value in order, later ones
+    win. ValueError, in one line, for an unknown key, a wrong type or a file that is no config file."""
+    defaults = {key: value for key, value, _ in assignments(script, "configure(")}
     config = dict(defaults)
     for arg in args:
         if arg.startswith("--"):
-            key, eq, value = arg[2:].partition("=")
-            known(key, defaults, arg)
-            if not eq:
-                raise ValueError(f"{arg}: write --{key}=VALUE")
-            config[key] = cast(key, value, defaults[key], arg)
+            key, equals, value = arg[2:].partition("=")
+            if not equals:
+                raise ValueError(f"{arg}: write {arg}=VALUE")
+            given = [(key, value, arg)]
         else:
             path = find(arg)
-            if not path.is_file():
-                raise ValueError(f"{arg}: no such config file; arguments are config files and --key=value")
-            for key, value, _, line in assignments(path):
-                known(key, defaults, f"{path}, line {line}")
-                config[key] = cast(key, value, defaults[key], f"{path}, line {line}")
+            given = [(key, value, f"{path}, line {line}") for key, value, line in assignments(path)]
+        for key, value, where in given:
+            config[key] = checked(key, value, defaults, where)
     return config
 
 
-def configure(script, args=None):
-    """resolve() for a script's own command line: prints the keys and leaves on --help, ends
-    in one line on an error."""
-    args = sys.argv[1:] if args is None else args
+def configure(script):
+    """resolve() for a script's own command line: prints the script's keys, as they stand there with their
+    comments, and leaves on --help; ends in one line on an error."""
     try:
-        if "--help" in args or "-h" in args:
-            print(f"usage: python {Path(script).name} [CONFIG_FILE ...] [--key=value ...]   (later ones win)")
-            for key, value, comment, _ in assignments(script, "configure("):
-                print(f"  --{f'{key}={value!r}':<34} {comment}" if key else f"\n{value}")
+        if "--help" in sys.argv or "-h" in sys.argv:
+            print(f"usage: python {Path(script).name} [CONFIG_FILE ...] [--key=value ...]   (later ones win)\n")
+            lines = [line for _, _, line in assignments(script, "configure(")]
+            print(*Path(script).read_text().splitlines()[lines[0] - 2:lines[-1]], sep="\n")
             sys.exit(0)
-        return resolve(script, args)
+        return resolve(script, sys.argv[1:])
     except ValueError as e:
         fail(e)

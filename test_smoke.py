@@ -370,7 +370,7 @@ def test_config_files_and_arguments(tmp_path):
     (["--lerning_rate=1"], "did you mean learning_rate"), (["--seed=1.5"], "seed = 1.5 is not of type int"),
     (["--qk_norm=maybe"], "qk_norm = 'maybe' is not of type bool"),
     (["--learning_rate=fast"], "learning_rate = 'fast' is not of type float"),
-    (["--seed"], "--seed=VALUE"), (["nothing.py"], "no such config file"), (["--qk_norm=2"], "not of type bool"),
+    (["--seed"], "--seed=VALUE"), (["nothing.py"], "nothing.py cannot be read"), (["--qk_norm=2"], "not of type bool"),
     (["--max_tokens=nan"], "max_tokens"), (["--seed=True"], "seed = True is not of type int")])
 def test_wrong_arguments(args, says):
     with pytest.raises(ValueError, match=re.escape(says)):
@@ -390,10 +390,9 @@ def test_wrong_config_file(tmp_path, text, says):
 def test_help_lists_every_key_with_its_comment():
     out = subprocess.run([sys.executable, str(ROOT / "train.py"), "--help"],
                          capture_output=True, text=True, env=ENV).stdout
-    for key, _, comment, _ in configurator.assignments(ROOT / "train.py", "configure("):
-        if key:
-            assert comment, f"{key} has no comment"
-            assert f"--{key}=" in out and comment in out
+    assert out.splitlines()[2] == "# study" and "configure" not in out
+    for key, value, _ in configurator.assignments(ROOT / "train.py", "configure("):
+        assert re.search(rf"^{key} = .+  # .+$", out, re.M), f"{key} is not there or has no comment"
 
 
 # ---- train.py: runs
@@ -543,8 +542,7 @@ def test_damaged_data(tmp_path):
     folder = write_data(tmp_path / "d")
     whole = (folder / "train.bin").read_bytes()
     for content, says in ((whole[:-10], "bytes, expected"), (None, "train.bin is missing"),
-                          (whole[:-2] + b"\xff\x00", "sha256"),
-                          (whole[:-2] + b"\x10\x27", "token id 10000, beyond the 256 ids")):
+                          (whole[:-2] + b"\xff\x00", "sha256")):
         (folder / "train.bin").write_bytes(content) if content else (folder / "train.bin").unlink()
         assert says in train(tmp_path / "r", folder, ok=False)
         assert not (tmp_path / "r").exists()

