@@ -24,8 +24,6 @@ from configurator import ROOT, fail, find
 from model import GPT, gpt_config
 from study import ENDED, SCALES, STAGES, chosen, load_run, load_runs, number, read_json, scale_config, stage_runs
 
-FAILED = "failed with exit status"  # begins the line that run() writes below what a run printed
-
 
 # ---- where a study is, from its files alone
 def duration(seconds):
@@ -50,16 +48,15 @@ def is_running(folder):
     return not here and progress.exists() and time.time() - progress.stat().st_mtime < 300
 
 
-def printed(folder):
-    """The lines of what a run printed; one that is empty where there is none."""
+def last_words(folder):
+    """The last line that a run printed, such as why it stopped; "" where there is none."""
     output = folder / "output.txt"
-    return output.read_text(encoding="utf-8", errors="replace").strip().split("\n") if output.exists() else [""]
+    return output.read_text(encoding="utf-8", errors="replace").strip().split("\n")[-1] if output.exists() else ""
 
 
 def survey(scale, study_dir, say=lambda line: None):
-    """Every run of a study, begun or not (neighbours only where one was begun), as [{name, state, step, steps,
-    left, row, flags}]. state: waiting, running, unfinished, failed, finished or diverged; left: tokens of
-    training; row: the newest numbers."""
+    """Every run of a study, begun or not (neighbours only where one was begun), as load_run() gives it, with
+    `row`, its newest numbers, `left`, its tokens still to come, and a status that may be waiting or running."""
     entries = []
     for stage, kind in STAGES.items():
         if kind == "neighbours" and not (study_dir / kind).exists():
@@ -70,29 +67,20 @@ def survey(scale, study_dir, say=lambda line: None):
         waiting = dict(config=scale_config(scale) | budget, rows=[], events=[], status="waiting")
         for folder in sorted({*begun, *due}):
             run = begun.get(folder, waiting)
-            c, state, row = run["config"], run["status"], dict(*run["rows"][-1:])
-            flags = [flag for event in run["events"] for flag in event.get("flags", [])]
-            if state not in ENDED:
-                now = read_json(folder / "progress.json", {})
-                row |= {key: value for key, value in now.items() if value is not None}
-                output = printed(folder)
-                if is_running(folder):
-                    state = "running"
-                elif output[-1].startswith(FAILED):
-                    state, flags = "failed", flags + output[-2:-1]
-            step, steps = row.get("step", 0), c["max_tokens"] // c["batch_tokens"]
-            left = 0 if state in ENDED else (steps - step) * c["batch_tokens"]
-            entries.append(dict(name=str(folder.relative_to(study_dir)), state=state, step=step, steps=steps,
-                                left=left, row=row, flags=flags))
+            c, row, status, left = run["config"], dict(*run["rows"][-1:]), run["status"], 0
+            if status not in ENDED:
+                row |= read_json(folder / "progress.json", {})
+                left = c["max_tokens"] - row.get("step", 0) * c["batch_tokens"]
+                status = "running" if is_running(folder) else status
+            entries.append(run | dict(dir=folder, row=row, status=status, left=left))
     return entries
 
 
 def summary(scale, entries, jobs):
     """survey() in one line: how much is done; how long the rest takes, jobs at once and at the median speed."""
-    count = collections.Counter(e["state"] for e in entries)
-    parts = [f"out/{scale}: {sum(count[state] for state in ENDED)} of {len(entries)} runs done"]
-    parts += [f"{count[state]} {state}" for state in ("running", "unfinished", "failed", "diverged")
-              if count[state]]
+    count = collections.Counter(e["status"] for e in entries)
+    parts = [f"out/{scale}: {sum(count[status] for status in ENDED)} of {len(entries)} runs done"]
+    parts += [f"{count[status]} {status}" for status in ("running", "unfinished", "diverged") if count[status]]
     left = [e["left"] for e in entries]
     speeds = [e["row"]["tokens_per_s"] for e in entries if e["row"].get("tokens_per_s")]
     if speeds and any(left):
@@ -101,15 +89,19 @@ def summary(scale, entries, jobs):
     return ", ".join(parts)
 
 
-def run_line(e):
+def run_line(study_dir, e):
     """One of survey() in one line."""
-    loss, val, pr, speed = (number(e["row"].get(key), form) for key, form in (
+    row, name = e["row"], os.path.relpath(e["dir"], study_dir)
+    steps = e["config"]["max_tokens"] // e["config"]["batch_tokens"]
+    loss, val, pr, speed = (number(row.get(key), form) for key, form in (
         ("train_loss", ".4f"), ("val_loss", ".4f"), ("mean_pr", ".2f"), ("tokens_per_s", ",.0f")))
-    flags = ", ".join(dict.fromkeys(e["flags"]))
-    if e["state"] == "running" and e["row"].get("tokens_per_s"):
-        flags = f"{duration(e['left'] / e['row']['tokens_per_s'])} left  {flags}"
-    return (f"{e['name']:<36} {e['state']:<10} step {e['step']:>6} of {e['steps']:<6} train {loss:>7}  "
-            f"val {val:>7}  mean PR {pr:>5}  {speed:>9} tokens/s  {flags}").rstrip()
+    notes = [flag for event in e["events"] for flag in event.get("flags", [])]
+    if e["status"] in ("waiting", "unfinished"):
+        notes += filter(None, [last_words(e["dir"])])
+    elif e["left"] and row.get("tokens_per_s"):
+        notes.append(f"{duration(e['left'] / row['tokens_per_s'])} left")
+    return (f"{name:<36} {e['status']:<10} step {row.get('step', 0):>6} of {steps:<6} train {loss:>7}  val {val:>7}  "
+            f"mean PR {pr:>5}  {speed:>9} tokens/s  {', '.join(dict.fromkeys(notes))}").rstrip()
 
 
 # ---- devices
@@ -134,7 +126,8 @@ def devices():
     if found and entries and entries[0].startswith("MIG"):
         found = found[:1] * len(entries)  # a process sees one slice, however many are listed
     why = [line for line in done.stderr.splitlines() if "Error: " in line] or ["torch sees no CUDA device"]
-    return [({variable: entry}, name) for entry, name in zip(entries or map(str, range(len(found))), found)], why[-1]
+    names = entries or map(str, range(len(found)))
+    return [({variable: entry}, device) for entry, device in zip(names, found)], why[-1]
 
 
 def jobs_at_once(scale):
@@ -159,34 +152,23 @@ def job_env(slot, jobs):
 def show(bars, scale, study_dir, jobs):
     """On a terminal a line for the study and one for each run at work; elsewhere the first of them."""
     entries = survey(scale, study_dir)
-    lines = [summary(scale, entries, jobs)] + [run_line(e) for e in entries if e["state"] == "running"]
+    lines = [summary(scale, entries, jobs)]
+    lines += [run_line(study_dir, e) for e in entries if e["status"] == "running"]
     if not bars:
         print(lines[0], flush=True)
     for bar, line in zip(bars, lines + [""] * len(bars)):
         bar.set_description_str(line)
 
 
-def ending(folder, code):
-    """How a run ended that left with this exit status; a failure is also noted below what it printed."""
-    if code:
-        said = printed(folder)[-1] or "no output"
-        with open(folder / "output.txt", "a", encoding="utf-8") as output:
-            output.write(f"{FAILED} {code}\n")
-        return said
-    run = load_run(folder)
-    return f"val loss {number(run['val_loss'])}" if run["status"] == "finished" else run["status"]
-
-
 def run(scale, stage, study_dir, jobs, only=None):
     """Run what a stage needs, or `only` that folder of it, jobs at once; a failed run does not stop the others.
     SIGINT, SIGTERM and SIGHUP reach all children as SIGTERM: they save and leave. ValueError where the stage's
     turn has not come, or where a run failed."""
-    if stage != "lr" and (lacking := [arm for arm in study.ARMS if arm not in chosen(study_dir)]):
-        raise ValueError(f"out/{scale}/chosen_lr.json has no rate for {lacking[0]}: run `bash sweep.sh "
-                         f"{scale} lr` first")
+    for arm in study.ARMS:
+        if stage != "lr" and arm not in chosen(study_dir):
+            raise ValueError(f"out/{scale}/chosen_lr.json has no rate for {arm}: run `bash sweep.sh {scale} lr` first")
     if stage == "neighbours" and (left := stage_runs(scale, "main", study_dir)):
-        raise ValueError(f"{len(left)} main runs are missing, and neighbours come after them: run `bash "
-                         f"sweep.sh {scale} main` first")
+        raise ValueError(f"{len(left)} main runs come before neighbours: run `bash sweep.sh {scale} main` first")
     running, failed, stop, passed_on, shown = {}, [], [], 0, time.time()
     bars = [tqdm(bar_format="{desc}", position=i, leave=False, file=sys.stdout, dynamic_ncols=True)
             for i in range(1 + jobs)] if sys.stdout.isatty() else []
@@ -219,9 +201,13 @@ def run(scale, stage, study_dir, jobs, only=None):
             for slot, (child, folder) in list(running.items()):
                 if child.poll() is not None:
                     del running[slot]
-                    failed += [folder] * (child.returncode != 0)
+                    if child.returncode:
+                        failed.append(folder)
+                        said = f"exit status {child.returncode}: {last_words(folder)}"
+                    else:
+                        ended = load_run(folder)
+                        said = f"{ended['status']}, val loss {number(ended['val_loss'])}"
                     if not stop:
-                        said = ending(folder, child.returncode)
                         tqdm.write(f"{folder.name}: {said}; {summary(scale, survey(scale, study_dir), jobs)}")
                         sys.stdout.flush()
     finally:  # whatever happened here, nothing is left behind
@@ -237,8 +223,8 @@ def run(scale, stage, study_dir, jobs, only=None):
         sys.exit(128 + stop[0])
     if failed:
         names = ", ".join(folder.name for folder in failed)
-        raise ValueError(f"{len(failed)} runs did not end ({names}): mend what is said above, or in their "
-                         f"output.txt, and run the same command again")
+        raise ValueError(f"{len(failed)} runs did not end ({names}): mend what is said above, or in their output.txt, "
+                         f"and run the same command again")
 
 
 def requeue():
@@ -265,32 +251,28 @@ def plan(scale, study_dir):
         model = GPT(gpt_config(c))
     n_sweep, n_main = (len(stage_runs(scale, stage, study_dir)) for stage in ("lr", "main"))
     tokens = n_sweep * SCALES[scale]["sweep_tokens"] + n_main * c["max_tokens"]
-    meta = read_json(find(c["data_dir"]) / "meta.json", {})
-    val_tokens = c["eval_tokens"] or meta.get("val_tokens", 5_000_000)
-    # a val pass is forward only, a third of training's work a token
-    passes = tokens // c["batch_tokens"] // (c["log_interval"] or math.inf) + n_sweep + n_main * (1 + c["n_ckpt"])
-    flops = model.flops_per_token() * (tokens + passes * val_tokens / 3)
+    flops = tokens * model.flops_per_token()
     # bytes: a weight and AdamW's two moments in float32; of a rolling checkpoint one more is written aside
     disk = 12 * model.num_params() * (n_main * c["n_ckpt"] + 2 * min(jobs, n_sweep + n_main))
-    data = 0 if meta else 2 * (c["max_tokens"] + val_tokens)
+    if not (find(c["data_dir"]) / "meta.json").exists():
+        disk += 2 * c["max_tokens"]  # data still to be made
     batch = c["batch_tokens"] // c["block_size"]
     least, most = (system.training_bytes(gpt_config(c), micro_batch) / 2**30 for micro_batch in (1, batch))
-    names = collections.Counter(name for _, name in found)
-    device = "; ".join(f"{n} x {name}" for name, n in names.items()) or f"CPU, {system.cores()} cores ({why})"
+    device = f"{len(found)} x {found[0][1]}" if found else f"CPU, {system.cores()} cores ({why})"
     predicted = [f"{name} {duration(flops / system.PEAK_BF16[name] / UTILISATION)}" for name in COMMON]
     print(f"scale {scale}: {model.num_params() / 1e6:.2f}M parameters, {c['n_layer']} layers, width {c['n_embd']}, "
           f"context {c['block_size']}; left to do: {tokens / 1e6:.1f}M training tokens, {flops:.2e} FLOPs\n"
           f"  runs    {n_sweep} of the sweep (a best rate at an edge adds up to {study.MAX_EXTENSIONS} a side), then "
           f"{n_main} main runs, seeds {' '.join(map(str, study.SEEDS))}; neighbours, optional, not counted here\n"
-          f"  room    {disk / 1e9:.1f} GB of disk for checkpoints, {data / 1e9:.1f} GB for data; memory of a step: "
-          f"at most {least:.1f} GiB at micro-batch 1, {most:.1f} at {batch}\n"
+          f"  room    {disk / 1e9:.1f} GB of disk; of memory at most {least:.1f} GiB a step at micro-batch 1, "
+          f"{most:.1f} at {batch}\n"
           f"  device: {device}; runs at once: {jobs}\n"
-          f"  time    {summary(scale, survey(scale, study_dir), jobs)}; predicted at {UTILISATION:.0%} of one GPU's "
-          f"bfloat16 peak: {', '.join(predicted)}", flush=True)
+          f"  time    {summary(scale, survey(scale, study_dir), jobs)}; training alone, at {UTILISATION:.0%} "
+          f"of one GPU's bfloat16 peak: {', '.join(predicted)}", flush=True)
     free = shutil.disk_usage(next(p for p in (study_dir, *study_dir.parents) if p.exists())).free
-    if free < disk + data:
-        raise ValueError(f"{study_dir} has {free / 1e9:.1f} GB free and the study needs "
-                         f"{(disk + data) / 1e9:.1f} GB: free some, or lower n_ckpt in config/{scale}.py")
+    if free < disk:
+        raise ValueError(f"{study_dir} has {free / 1e9:.1f} GB free and the study needs {disk / 1e9:.1f} GB: "
+                         f"free some, or lower n_ckpt in config/{scale}.py")
 
 
 def prepare(scale):
@@ -323,8 +305,8 @@ def main(args):
                 plan(scale, study_dir)
             case ["status"]:
                 entries = survey(scale, study_dir, print)
-                running = sum(e["state"] == "running" for e in entries)
-                print(*map(run_line, entries), summary(scale, entries, running or jobs_at_once(scale)), sep="\n")
+                at_once = sum(e["status"] == "running" for e in entries) or jobs_at_once(scale)
+                print(*(run_line(study_dir, e) for e in entries), summary(scale, entries, at_once), sep="\n")
             case ["choose"]:
                 study.choose(scale, study_dir)
             case ["data"]:

@@ -119,23 +119,21 @@ def defaults():
 # ---- what a study's folder holds
 def read_json(path, empty=None):
     """A JSON object, or `empty` where there is no file. ValueError, naming it, where it is something else."""
-    path = Path(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return empty
-    except ValueError as e:
-        raise ValueError(f"{path} is no JSON ({e}): restore it or delete it") from None
+    except ValueError:
+        value = None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object: restore it or delete it")
+        raise ValueError(f"{path} is no JSON object: restore it or delete it")
     return value
 
 
 def read_log(run_dir):
     """Rows and events of a run's log.jsonl, as two lists of dicts. A half last line, which a kill can leave,
     is passed over; any other broken line is a ValueError."""
-    rows, events = [], []
-    path = Path(run_dir) / "log.jsonl"
+    path, rows, events = Path(run_dir) / "log.jsonl", [], []
     lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
     for at, line in enumerate(lines[:-1], 1):  # what follows the last newline is no whole line
         try:
@@ -290,8 +288,8 @@ def missing_spectra(run_dir, n_layer):
     """Names of spectra that the log speaks of and the folder lacks."""
     rows, events = read_log(run_dir)
     steps = [0] * bool(rows) + [e["step"] for e in events if e["event"] == "spot_check"]
-    names = (f"{kind}_layer_{i}_step_{s}.npy" for s in steps for kind in ("sv", "sv_weight")
-             for i in range(n_layer))
+    names = (f"{kind}_layer_{i}_step_{step}.npy" for step in steps for i in range(n_layer)
+             for kind in ("sv", "sv_weight"))
     return [name for name in names if not (Path(run_dir) / name).exists()]
 
 
@@ -317,9 +315,9 @@ def spot_check(run_dir, row):
 
 
 def spot_check_line(e):
-    return (f"val loss {number(e['val_loss'])}, mean PR {number(e['mean_pr_before'], '.2f')} -> "
-            f"{number(e['mean_pr'], '.2f')}, largest logit {number(e['max_logit_before'], '.1f')} -> "
-            f"{number(e['max_logit'], '.1f')}, flags: {', '.join(e['flags']) or 'none'}")
+    return (f"mean PR {number(e['mean_pr_before'], '.2f')} -> {number(e['mean_pr'], '.2f')}, largest logit "
+            f"{number(e['max_logit_before'], '.1f')} -> {number(e['max_logit'], '.1f')}, "
+            f"flags: {', '.join(e['flags']) or 'none'}")
 
 
 # ---- the runs of a stage
