@@ -90,18 +90,18 @@ def summary(scale, entries, jobs):
 
 
 def run_line(study_dir, e):
-    """One of survey() in one line."""
+    """One of survey() in one line: what matters most first, since a terminal may cut it off."""
     row, name = e["row"], os.path.relpath(e["dir"], study_dir)
-    steps = e["config"]["max_tokens"] // e["config"]["batch_tokens"]
-    loss, val, pr, speed = (number(row.get(key), form) for key, form in (
-        ("train_loss", ".4f"), ("val_loss", ".4f"), ("mean_pr", ".2f"), ("tokens_per_s", ",.0f")))
+    steps, speed = e["config"]["max_tokens"] // e["config"]["batch_tokens"], row.get("tokens_per_s")
+    pace = f"{number(speed, ',.0f')} tokens/s"
+    if speed and e["left"]:
+        pace += f", {duration(e['left'] / speed)} left"
+    train, val, pr = (number(row.get(key), ".4f") for key in ("train_loss", "val_loss", "mean_pr"))
     notes = [flag for event in e["events"] for flag in event.get("flags", [])]
     if e["status"] in ("waiting", "unfinished"):
         notes += filter(None, [last_words(e["dir"])])
-    elif e["left"] and row.get("tokens_per_s"):
-        notes.append(f"{duration(e['left'] / row['tokens_per_s'])} left")
-    return (f"{name:<36} {e['status']:<10} step {row.get('step', 0):>6} of {steps:<6} train {loss:>7}  val {val:>7}  "
-            f"mean PR {pr:>5}  {speed:>9} tokens/s  {', '.join(dict.fromkeys(notes))}").rstrip()
+    return (f"{name:<30} {e['status']:<10} step {row.get('step', 0):>5} of {steps:<5} {pace:<27} train {train:>7}  "
+            f"val {val:>7}  mean PR {pr:>7}  {', '.join(dict.fromkeys(notes))}").rstrip()
 
 
 # ---- devices

@@ -401,8 +401,8 @@ def test_status_names_every_state(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "muon-seed7 is left out: its config.json is that of muon-seed42" in out
     line = next(line for line in out.splitlines() if line.startswith("muon-seed42"))
-    assert line.split() == ("muon-seed42 running step 12 of 20 train 6.5000 val 6.4000 mean PR 20.00 2,048 tokens/s "
-                            "val loss not falling, 4 s left").split()
+    assert line.split() == ("muon-seed42 running step 12 of 20 2,048 tokens/s, 4 s left train 6.5000 val 6.4000 "
+                            "mean PR 20.0000 val loss not falling").split()
     line = next(line for line in out.splitlines() if line.startswith("muon-seed137"))
     assert " unfinished " in line and line.endswith("val loss not falling, error: out of something")
     assert "2 of 28 runs done, 1 running, 2 unfinished, 1 diverged, about " in out
@@ -453,8 +453,8 @@ def test_lines_while_it_runs(tmp_path, capsys):
     jobs.show(bars, "ci", tmp_path, 2)
     lines = [said[id(bar)] for bar in bars]
     assert lines[0].startswith("out/ci: 0 of 28 runs done, 1 running") and lines[2] == ""
-    assert lines[1].split() == ("muon-seed42 running step 10 of 20 train 6.5000 val - mean PR - 1,024 tokens/s "
-                                "10 s left").split()
+    assert lines[1].split() == ("muon-seed42 running step 10 of 20 1,024 tokens/s, 10 s left train 6.5000 val - "
+                                "mean PR -").split()
     held.close()
 
 
