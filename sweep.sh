@@ -4,8 +4,9 @@
 #   bash sweep.sh SCALE --plan      what it costs: runs, tokens, FLOPs, disk, memory, hours; starts nothing
 #   bash sweep.sh SCALE --list      the commands of the runs that are still needed, one a line, for any scheduler
 #   bash sweep.sh SCALE --status    every run with its state, wherever it runs
-# SCALE: a scale of study.py; 80m where torch sees a GPU, else mini. JOBS=N runs at once (default: one a GPU, or one a
-# CPU core). SEEDS="42 137 7" adds seeds, ARMS and SWEEP_SEEDS say what else to run. Run again, it goes on where it was.
+# SCALE: a scale of study.py; 80m where torch sees a GPU, else mini. JOBS=N runs at once (default: the scale's number
+# on each GPU, or one a CPU core). SEEDS="42 137 7" adds seeds, ARMS and SWEEP_SEEDS say what else to run. Run again, it
+# goes on where it was.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 python=$(command -v python || command -v python3) ||
