@@ -22,10 +22,7 @@ import study
 import system
 from configurator import ROOT, fail, find
 from model import GPT, gpt_config
-from study import SCALES, STAGES, chosen, load_run, load_runs, number, read_json, scale_config, stage_runs
-
-ENDED = ("finished", "diverged")
-FAILED = "failed with exit status"  # begins the line that run() writes below what a run printed
+from study import ENDED, SCALES, STAGES, chosen, load_run, load_runs, number, read_json, scale_config, stage_runs
 
 
 # ---- where a study is, from its files alone
@@ -51,101 +48,73 @@ def is_running(folder):
     return not here and progress.exists() and time.time() - progress.stat().st_mtime < 300
 
 
-def look(folder, kind, run, tokens, batch_tokens):
-    """Where a run is: {dir, kind, state, step, steps, tokens (of a step), row, flags, pace}. state: waiting,
-    running, unfinished, finished, diverged or failed; row: the newest numbers; pace: seconds a training
-    token, with start-up and val passes once it is finished. run: load_run() of what has begun, else None;
-    tokens and batch_tokens are the budget of what has not."""
-    output, row, flags, pace = folder / "output.txt", {}, [], None
-    output = output.read_text(encoding="utf-8", errors="replace").splitlines() if output.exists() else []
-    failed = bool(output) and output[-1].startswith(FAILED)
-    state = "running" if is_running(folder) else "failed" if failed else "unfinished" if run else "waiting"
-    if run:
-        tokens, batch_tokens = run["config"]["max_tokens"], run["config"]["batch_tokens"]
-        row = dict(*run["rows"][-1:])
-        flags = [flag for event in run["events"] for flag in event.get("flags", [])]
-        if run["status"] != "unfinished":
-            state = run["status"]
-        else:
-            now = read_json(folder / "progress.json", {})
-            row |= {key: value for key, value in now.items() if value is not None}
-        if row.get("tokens_per_s"):
-            pace = 1 / row["tokens_per_s"]
-        if state == "finished":
-            begun, ended = ((folder / name).stat().st_mtime for name in ("config.json", "log.jsonl"))
-            pace = (ended - begun) / tokens
-    return dict(dir=folder, kind=kind, state=state, step=row.get("step", 0), steps=tokens // batch_tokens,
-                tokens=batch_tokens, row=row, flags=flags + output[-2:-1] * (state == "failed"), pace=pace)
+def last_words(folder):
+    """The last line that a run printed, such as why it stopped; "" where there is none."""
+    output = folder / "output.txt"
+    return output.read_text(encoding="utf-8", errors="replace").strip().split("\n")[-1] if output.exists() else ""
 
 
 def survey(scale, study_dir, say=lambda line: None):
-    """look() at every run of a study, begun or not: sweep, main, and neighbours where they were begun."""
-    c, entries = scale_config(scale), []
+    """Every run of a study, begun or not (neighbours only where one was begun), as load_run() gives it, with
+    `row`, its newest numbers, `left`, its tokens still to come, and a status that may be waiting or running."""
+    entries = []
     for stage, kind in STAGES.items():
-        if kind != "neighbours" or (study_dir / "neighbours").exists():
-            begun = {run["dir"]: run for run in load_runs(study_dir, kind, say)}
-            due = stage_runs(scale, stage, study_dir, fixed=True) + stage_runs(scale, stage, study_dir)
-            tokens = SCALES[scale]["sweep_tokens"] if kind == "sweep" else c["max_tokens"]
-            entries += [look(folder, kind, begun.get(folder), tokens, c["batch_tokens"])
-                        for folder in sorted({*begun, *dict(due)})]
+        if kind == "neighbours" and not (study_dir / kind).exists():
+            continue
+        begun = {run["dir"]: run for run in load_runs(study_dir, kind, say)}
+        due = [folder for folder, _ in stage_runs(scale, stage, study_dir)]
+        budget = dict(max_tokens=SCALES[scale]["sweep_tokens"]) if kind == "sweep" else {}
+        waiting = dict(config=scale_config(scale) | budget, rows=[], events=[], status="waiting")
+        for folder in sorted({*begun, *due}):
+            run = begun.get(folder, waiting)
+            c, row, status, left = run["config"], dict(*run["rows"][-1:]), run["status"], 0
+            if status not in ENDED:
+                row |= read_json(folder / "progress.json", {})
+                left = c["max_tokens"] - row.get("step", 0) * c["batch_tokens"]
+                status = "running" if is_running(folder) else status
+            entries.append(run | dict(dir=folder, row=row, status=status, left=left))
     return entries
 
 
-def seconds_left(entries, jobs):
-    """Seconds until the runs of survey() have ended, jobs at once: by the median pace of the finished runs of
-    their kind, else of the begun ones, else of any. None where none has begun."""
-    def pace(kind):
-        known = [e for e in entries if e["pace"]]
-        same = [e for e in known if e["kind"] == kind]
-        finished = [e for e in same if e["state"] == "finished"]
-        return statistics.median(e["pace"] for e in finished or same or known)
-
-    if not any(e["pace"] for e in entries):
-        return None
-    left = [(e["steps"] - e["step"]) * e["tokens"] * pace(e["kind"])
-            for e in entries if e["state"] not in ENDED]
-    return max(sum(left) / jobs, max(left, default=0))
+def summary(scale, entries, jobs):
+    """survey() in one line: how much is done; how long the rest takes, jobs at once and at the median speed."""
+    count = collections.Counter(e["status"] for e in entries)
+    parts = [f"out/{scale}: {sum(count[status] for status in ENDED)} of {len(entries)} runs done"]
+    parts += [f"{count[status]} {status}" for status in ("running", "unfinished", "diverged") if count[status]]
+    left = [e["left"] for e in entries]
+    speeds = [e["row"]["tokens_per_s"] for e in entries if e["row"].get("tokens_per_s")]
+    if speeds and any(left):
+        seconds = max(sum(left) / jobs, *left) / statistics.median(speeds)
+        parts.append(f"about {duration(seconds)} of training left")
+    return ", ".join(parts)
 
 
-def where(scale, entries, jobs):
-    """One line: how much of survey() is done, and what is left."""
-    count, seconds = collections.Counter(e["state"] for e in entries), seconds_left(entries, jobs)
-    parts = [f"out/{scale}: {sum(count[state] for state in ENDED)} of {len(entries)} runs done"]
-    parts += [f"{count[state]} {state}" for state in ("running", "unfinished", "failed", "diverged")
-              if count[state]]
-    return ", ".join(parts + [f"about {duration(seconds or 0)} of training left"] * bool(seconds))
-
-
-def status(scale, study_dir):
-    """Print every run of a study with its state, and what is left."""
-    entries = survey(scale, study_dir, print)
-    names = [str(e["dir"].relative_to(study_dir)) for e in entries]
-    form = f"{{:<{max(map(len, names))}}}  {{:<10}} {{:>13}} {{:>8}} {{:>8}} {{:>8}} {{:>9}}  {{}}"
-    print(form.format("run", "state", "step", "train", "val", "mean PR", "tokens/s", "flags"))
-    for name, e in zip(names, entries):
-        numbers = [number(e["row"].get(key), digits) for key, digits in (
-            ("train_loss", ".4f"), ("val_loss", ".4f"), ("mean_pr", ".2f"), ("tokens_per_s", ",.0f"))]
-        flags = ", ".join(dict.fromkeys(e["flags"]))
-        print(form.format(name, e["state"], f"{e['step']}/{e['steps']}", *numbers, flags).rstrip())
-    running = sum(e["state"] == "running" for e in entries)
-    print(where(scale, entries, running or jobs_at_once(scale)))
-    left = ["training"] * any(e["state"] not in ENDED for e in entries) + [
-        name for name in ("results.json", "figures", "report.md") if not (study_dir / name).exists()]
-    if not running and left:
-        print(f"left: {', '.join(left)}; `bash sweep.sh {scale}` goes on with it")
+def run_line(study_dir, e):
+    """One of survey() in one line: what matters most first, since a terminal may cut it off."""
+    row, name = e["row"], os.path.relpath(e["dir"], study_dir)
+    steps, speed = e["config"]["max_tokens"] // e["config"]["batch_tokens"], row.get("tokens_per_s")
+    pace = f"{number(speed, ',.0f')} tokens/s"
+    if speed and e["left"]:
+        pace += f", {duration(e['left'] / speed)} left"
+    train, val, pr = (number(row.get(key), ".4f") for key in ("train_loss", "val_loss", "mean_pr"))
+    notes = [flag for event in e["events"] for flag in event.get("flags", [])]
+    if e["status"] in ("waiting", "unfinished"):
+        notes += filter(None, [last_words(e["dir"])])
+    return (f"{name:<30} {e['status']:<10} step {row.get('step', 0):>5} of {steps:<5} {pace:<27} train {train:>7}  "
+            f"val {val:>7}  mean PR {pr:>7}  {', '.join(dict.fromkeys(notes))}").rstrip()
 
 
 # ---- devices
 COUNT = """import json, torch
 torch.cuda.init()
 found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-print(json.dumps([[p.name, p.total_memory] for p in found]))"""
+print(json.dumps([f"{p.name}, {p.total_memory / 2**30:.0f} GiB" for p in found]))"""
 
 
 @functools.cache
 def devices():
-    """([({variable: entry} that makes it the only one, name, bytes of memory)] of the CUDA devices, why there
-    is none). torch counts them, in a child process: CUDA must not start in this one."""
+    """([({variable: entry} that makes it the only one, its name and memory)] of the CUDA devices, why there is
+    none). torch counts them, in a child process: CUDA must not start in this one."""
     if not (torch.version.cuda or torch.version.hip):
         return [], f"torch {torch.__version__} is a CPU build"
     hip = torch.version.hip and "HIP_VISIBLE_DEVICES" in os.environ
@@ -158,7 +127,7 @@ def devices():
         found = found[:1] * len(entries)  # a process sees one slice, however many are listed
     why = [line for line in done.stderr.splitlines() if "Error: " in line] or ["torch sees no CUDA device"]
     names = entries or map(str, range(len(found)))
-    return [({variable: name}, *device) for name, device in zip(names, found)], why[-1]
+    return [({variable: entry}, device) for entry, device in zip(names, found)], why[-1]
 
 
 def jobs_at_once(scale):
@@ -183,41 +152,23 @@ def job_env(slot, jobs):
 def show(bars, scale, study_dir, jobs):
     """On a terminal a line for the study and one for each run at work; elsewhere the first of them."""
     entries = survey(scale, study_dir)
-    lines = [where(scale, entries, jobs)]
+    lines = [summary(scale, entries, jobs)]
+    lines += [run_line(study_dir, e) for e in entries if e["status"] == "running"]
     if not bars:
-        print(*lines, flush=True)
-    for e in entries:
-        if e["state"] == "running":
-            speed, steps = e["row"].get("tokens_per_s"), e["steps"] - e["step"]
-            left = f"{duration(steps * e['tokens'] / speed)} left" if speed else "starting"
-            name, loss = str(e["dir"].relative_to(study_dir)), number(e["row"].get("train_loss"))
-            lines.append(f"{name:<32} step {e['step']:,} of {e['steps']:,}, train loss {loss}, "
-                         f"{number(speed, ',.0f')} tokens/s, {left}")
+        print(lines[0], flush=True)
     for bar, line in zip(bars, lines + [""] * len(bars)):
         bar.set_description_str(line)
 
 
-def ending(folder, code):
-    """What a run that left with this exit status leaves behind, in a few words."""
-    with open(folder / "output.txt", "r+", encoding="utf-8", errors="replace") as output:
-        last = (output.read().strip().splitlines() or ["no output"])[-1]
-        if code:
-            output.write(f"{FAILED} {code}\n")
-            return last
-    run = load_run(folder)
-    return f"val loss {number(run['val_loss'])}" if run["status"] == "finished" else run["status"]
-
-
-def run(scale, stage, study_dir, jobs, wanted=lambda arguments: True):
-    """Run what a stage needs and `wanted` takes, jobs at once; a failed run does not stop the others. SIGINT,
-    SIGTERM and SIGHUP reach all children as SIGTERM: they save and leave. ValueError where the stage's turn
-    has not come, or where a run failed."""
-    if stage != "lr" and (lacking := [arm for arm in study.ARMS if arm not in chosen(study_dir)]):
-        raise ValueError(f"out/{scale}/chosen_lr.json has no rate for {lacking[0]}: run `bash sweep.sh "
-                         f"{scale} lr` first")
+def run(scale, stage, study_dir, jobs, only=None):
+    """Run what a stage needs, or `only` that folder of it, jobs at once; a failed run does not stop the others.
+    SIGINT, SIGTERM and SIGHUP reach all children as SIGTERM: they save and leave. ValueError where the stage's
+    turn has not come, or where a run failed."""
+    for arm in study.ARMS:
+        if stage != "lr" and arm not in chosen(study_dir):
+            raise ValueError(f"out/{scale}/chosen_lr.json has no rate for {arm}: run `bash sweep.sh {scale} lr` first")
     if stage == "neighbours" and (left := stage_runs(scale, "main", study_dir)):
-        raise ValueError(f"{len(left)} main runs are missing, and neighbours come after them: run `bash "
-                         f"sweep.sh {scale} main` first")
+        raise ValueError(f"{len(left)} main runs come before neighbours: run `bash sweep.sh {scale} main` first")
     running, failed, stop, passed_on, shown = {}, [], [], 0, time.time()
     bars = [tqdm(bar_format="{desc}", position=i, leave=False, file=sys.stdout, dynamic_ncols=True)
             for i in range(1 + jobs)] if sys.stdout.isatty() else []
@@ -228,7 +179,7 @@ def run(scale, stage, study_dir, jobs, wanted=lambda arguments: True):
         while True:
             busy = failed + [folder for _, folder in running.values()]
             due = [] if stop else stage_runs(scale, stage, study_dir)  # anew: what ended can make a grid grow
-            due = [run for run in due if wanted(run[1]) and run[0] not in busy]
+            due = [run for run in due if run[0] not in busy and only in (None, run[0])]
             for slot, (folder, arguments) in zip([i for i in range(jobs) if i not in running], due):
                 folder.mkdir(parents=True, exist_ok=True)
                 with open(folder / "output.txt", "a", encoding="utf-8") as output:
@@ -250,10 +201,14 @@ def run(scale, stage, study_dir, jobs, wanted=lambda arguments: True):
             for slot, (child, folder) in list(running.items()):
                 if child.poll() is not None:
                     del running[slot]
-                    failed += [folder] * (child.returncode != 0)
+                    if child.returncode:
+                        failed.append(folder)
+                        said = f"exit status {child.returncode}: {last_words(folder)}"
+                    else:
+                        ended = load_run(folder)
+                        said = f"{ended['status']}, val loss {number(ended['val_loss'])}"
                     if not stop:
-                        said = ending(folder, child.returncode)
-                        tqdm.write(f"{folder.name}: {said}; {where(scale, survey(scale, study_dir), jobs)}")
+                        tqdm.write(f"{folder.name}: {said}; {summary(scale, survey(scale, study_dir), jobs)}")
                         sys.stdout.flush()
     finally:  # whatever happened here, nothing is left behind
         for child, _ in running.values():
@@ -261,15 +216,15 @@ def run(scale, stage, study_dir, jobs, wanted=lambda arguments: True):
         for bar in bars:
             bar.close()
     if stop:
-        now = where(scale, survey(scale, study_dir), jobs)
+        now = summary(scale, survey(scale, study_dir), jobs)
         print(f"stopped by {signal.Signals(stop[0]).name}; {now}: run the same command again to go on")
         if stop[0] == signal.SIGTERM:
             requeue()
         sys.exit(128 + stop[0])
     if failed:
         names = ", ".join(folder.name for folder in failed)
-        raise ValueError(f"{len(failed)} runs did not end ({names}): mend what is said above, or in their "
-                         f"output.txt, and run the same command again")
+        raise ValueError(f"{len(failed)} runs did not end ({names}): mend what is said above, or in their output.txt, "
+                         f"and run the same command again")
 
 
 def requeue():
@@ -284,9 +239,9 @@ def requeue():
             subprocess.run(["scontrol", "requeue", job])
 
 
+# ---- the commands
 UTILISATION = 0.3  # of a GPU's peak, assumed: what small models commonly reach
-COMMON = ("NVIDIA B200", "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA L4",
-          "NVIDIA GeForce RTX 4090")
+COMMON = ("NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA L4", "NVIDIA GeForce RTX 4090")
 
 
 def plan(scale, study_dir):
@@ -294,50 +249,32 @@ def plan(scale, study_dir):
     c, jobs, (found, why) = scale_config(scale), jobs_at_once(scale), devices()
     with torch.device("meta"):
         model = GPT(gpt_config(c))
-    params, sweep_tokens, main_tokens = model.num_params(), SCALES[scale]["sweep_tokens"], c["max_tokens"]
     n_sweep, n_main = (len(stage_runs(scale, stage, study_dir)) for stage in ("lr", "main"))
-    meta = read_json(find(c["data_dir"]) / "meta.json", {})
-    val_tokens = c["eval_tokens"] or meta.get("val_tokens", 5_000_000)
-
-    def work(budget, n_ckpt):  # a token of a val pass is a forward pass, a third of a training token
-        looks = budget // c["batch_tokens"] // (c["log_interval"] or budget) + n_ckpt + 1
-        return budget + looks * val_tokens / 3
-
-    flops = model.flops_per_token() * (
-        n_sweep * work(sweep_tokens, 0) + n_main * work(main_tokens, c["n_ckpt"]))
+    tokens = n_sweep * SCALES[scale]["sweep_tokens"] + n_main * c["max_tokens"]
+    flops = tokens * model.flops_per_token()
     # bytes: a weight and AdamW's two moments in float32; of a rolling checkpoint one more is written aside
-    disk = 12 * params * (n_main * c["n_ckpt"] + 2 * min(jobs, n_sweep + n_main))
-    data = 0 if meta else 2 * (main_tokens + val_tokens)
-    memory = ", ".join(f"{m}: {system.training_bytes(gpt_config(c), m) / 2**30:.1f}"
-                       for m in (1, 2, 4, 8, 16, 32) if c["batch_tokens"] // c["block_size"] % m == 0)
-    names = collections.Counter(f"{name}, {memory / 2**30:.0f} GiB" for _, name, memory in found)
-    device = "; ".join(f"{n} x {name}" for name, n in names.items()) or f"CPU, {system.cores()} cores ({why})"
-    entries, here = survey(scale, study_dir), found[0][1] if found else system.device_name("cpu")
-    for e in entries:  # another machine's pace tells nothing here
-        if read_json(e["dir"] / "source/versions.json", {}).get("device") != here:
-            e["pace"] = None
-    seconds = seconds_left(entries, jobs)
-    measured = "no run here yet to measure by" if seconds is None else \
-        f"about {duration(seconds)} here, by its runs so far"
-    common = [f"{name} {duration(flops / system.PEAK_BF16[name] / UTILISATION)}" for name in COMMON]
-    training = n_sweep * sweep_tokens + n_main * main_tokens
-    print(f"scale {scale}: {params / 1e6:.2f}M parameters, {c['n_layer']} layers, width {c['n_embd']}, "
-          f"context {c['block_size']}; left to do: {training / 1e6:.1f}M training tokens, {flops:.2e} FLOPs\n"
-          f"  runs    {n_sweep} of the sweep, {sweep_tokens / 1e6:.2f}M tokens each (a best rate at an edge "
-          f"adds up to {study.MAX_EXTENSIONS} a side), then {n_main} main runs of {main_tokens / 1e6:.2f}M, "
-          f"seeds {' '.join(map(str, study.SEEDS))}; neighbours, optional, adds {2 * len(study.ARMS)} such\n"
-          f"  room    {disk / 1e9:.1f} GB of disk for checkpoints, {data / 1e9:.1f} GB for data; GiB of "
-          f"memory that a step takes at most, by micro-batch: {memory}\n"
+    disk = 12 * model.num_params() * (n_main * c["n_ckpt"] + 2 * min(jobs, n_sweep + n_main))
+    if not (find(c["data_dir"]) / "meta.json").exists():
+        disk += 2 * c["max_tokens"]  # data still to be made
+    batch = c["batch_tokens"] // c["block_size"]
+    least, most = (system.training_bytes(gpt_config(c), micro_batch) / 2**30 for micro_batch in (1, batch))
+    device = f"{len(found)} x {found[0][1]}" if found else f"CPU, {system.cores()} cores ({why})"
+    predicted = [f"{name} {duration(flops / system.PEAK_BF16[name] / UTILISATION)}" for name in COMMON]
+    print(f"scale {scale}: {model.num_params() / 1e6:.2f}M parameters, {c['n_layer']} layers, width {c['n_embd']}, "
+          f"context {c['block_size']}; left to do: {tokens / 1e6:.1f}M training tokens, {flops:.2e} FLOPs\n"
+          f"  runs    {n_sweep} of the sweep (a best rate at an edge adds up to {study.MAX_EXTENSIONS} a side), then "
+          f"{n_main} main runs, seeds {' '.join(map(str, study.SEEDS))}; neighbours, optional, not counted here\n"
+          f"  room    {disk / 1e9:.1f} GB of disk; of memory at most {least:.1f} GiB a step at micro-batch 1, "
+          f"{most:.1f} at {batch}\n"
           f"  device: {device}; runs at once: {jobs}\n"
-          f"  time    {measured}; predicted at {UTILISATION:.0%} of one GPU's bfloat16 peak: "
-          f"{', '.join(common)}", flush=True)
-    existing = next(p for p in [study_dir, *study_dir.parents] if p.exists())
-    if (free := shutil.disk_usage(existing).free) < disk + data:
-        raise ValueError(f"{existing} has {free / 1e9:.1f} GB free and the study needs "
-                         f"{(disk + data) / 1e9:.1f} GB: free some, or lower n_ckpt in config/{scale}.py")
+          f"  time    {summary(scale, survey(scale, study_dir), jobs)}; training alone, at {UTILISATION:.0%} "
+          f"of one GPU's bfloat16 peak: {', '.join(predicted)}", flush=True)
+    free = shutil.disk_usage(next(p for p in (study_dir, *study_dir.parents) if p.exists())).free
+    if free < disk:
+        raise ValueError(f"{study_dir} has {free / 1e9:.1f} GB free and the study needs {disk / 1e9:.1f} GB: "
+                         f"free some, or lower n_ckpt in config/{scale}.py")
 
 
-# ---- the commands
 def prepare(scale):
     """Make a scale's data by its folder's prepare.py; data of one's own, without one, have to be whole."""
     c = scale_config(scale)
@@ -348,12 +285,6 @@ def prepare(scale):
     from tokens import load_bin
     train, val = (len(load_bin(folder, split, c["vocab_size"])) for split in ("train", "val"))
     print(f"{folder} is whole, {train:,} tokens for training and {val:,} for validation: nothing to make")
-
-
-def nth(items, i):
-    if not i.isdecimal() or int(i) >= len(items):
-        raise ValueError(f"there is no {i!r} here: choose one of 0 to {len(items) - 1}")
-    return items[int(i)]
 
 
 def main(args):
@@ -370,8 +301,14 @@ def main(args):
             case ["scale"]:
                 jobs_at_once(scale)
                 print(scale)
-            case ["plan" | "status" | "choose"]:
-                dict(plan=plan, status=status, choose=study.choose)[command](scale, study_dir)
+            case ["plan"]:
+                plan(scale, study_dir)
+            case ["status"]:
+                entries = survey(scale, study_dir, print)
+                at_once = sum(e["status"] == "running" for e in entries) or jobs_at_once(scale)
+                print(*(run_line(study_dir, e) for e in entries), summary(scale, entries, at_once), sep="\n")
+            case ["choose"]:
+                study.choose(scale, study_dir)
             case ["data"]:
                 prepare(scale)
             case ["list", *stages] if len(stages) < 2 and {*stages} <= STAGES.keys():
@@ -382,20 +319,17 @@ def main(args):
                 if {*study.ARMS} - {*chosen(study_dir)}:
                     print(f"main runs come after the sweep: first `python study.py choose {scale}`, then "
                           f"`python report.py --preregister out/{scale}`", file=sys.stderr)
-            case ["run", stage] if stage in STAGES:
-                run(scale, stage, study_dir, jobs_at_once(scale))
-            case ["count", "extend"]:
-                print(len(study.ARMS))
             case ["count", stage] if stage in STAGES:
                 print(len(stage_runs(scale, stage, study_dir, fixed=True)))
-            case ["task", stage, i] if stage in STAGES:
-                task = nth(stage_runs(scale, stage, study_dir, fixed=True), i)[1]
-                run(scale, stage, study_dir, 1, lambda given: given == task)
-            case ["extend", i]:
-                arm = nth(study.ARMS, i)
-                run(scale, "lr", study_dir, jobs_at_once(scale), lambda given: given[1] == f"config/{arm}.py")
+            case ["run", stage] if stage in STAGES:
+                run(scale, stage, study_dir, jobs_at_once(scale))
+            case ["run", stage, i] if stage in STAGES and i.isdecimal():
+                folders = [folder for folder, _ in stage_runs(scale, stage, study_dir, fixed=True)]
+                if int(i) >= len(folders):
+                    raise ValueError(f"{stage} has no run {i}: choose one of 0 to {len(folders) - 1}")
+                run(scale, stage, study_dir, 1, folders[int(i)])
             case _:
                 fail("usage: python study.py plan|status|choose|data SCALE, list SCALE [STAGE], run SCALE "
-                     f"STAGE; SCALE: {', '.join(SCALES)}; STAGE: {', '.join(STAGES)}")
+                     f"STAGE [I]; SCALE: {', '.join(SCALES)}; STAGE: {', '.join(STAGES)}")
     except (ValueError, OSError) as e:
         fail(e)

@@ -3,10 +3,10 @@
     python study.py plan SCALE             what the study costs, before it starts
     python study.py status SCALE           every run with its state, wherever it runs
     python study.py list SCALE [STAGE]     the commands that are still needed, one a line, for any scheduler
-    python study.py run SCALE STAGE        run them, JOBS at once; STAGE: lr, main or neighbours
+    python study.py run SCALE STAGE [I]    run them, JOBS at once; STAGE: lr, main or neighbours; I: one of them
     python study.py choose SCALE           pick the learning rates once the sweep is done
     python study.py data SCALE             prepare its data, where they are not whole
-    for sweep.sh and slurm.sh: scale [SCALE], count SCALE STAGE|extend, task SCALE STAGE I, extend SCALE I
+    for sweep.sh and slurm.sh: scale [SCALE]; count SCALE STAGE, the number of I
 """
 import functools
 import itertools
@@ -36,11 +36,9 @@ def words(name, default, kind=str):
     found = text.replace(",", " ").split()
     if wrong := [word for word in found if kind is int and not word.isdecimal()]:
         fail(f"{name}={text!r}: {wrong[0]!r} is no whole number of 0 or more")
-    found = [kind(word) for word in found]
-    if not found or len(set(found)) < len(found):
-        what = "names one twice" if found else "is empty"
-        fail(f"{name}={text!r} {what}: give each once, or leave {name} unset")
-    return found
+    if not found or len({*map(kind, found)}) < len(found):
+        fail(f"{name}={text!r} is empty or names one twice: give each once, or leave {name} unset")
+    return [*map(kind, found)]
 
 
 # An arm is a name: its label here, its grid at each scale, config/ARM.py, and what makes it different.
@@ -121,31 +119,32 @@ def defaults():
 # ---- what a study's folder holds
 def read_json(path, empty=None):
     """A JSON object, or `empty` where there is no file. ValueError, naming it, where it is something else."""
-    path = Path(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return empty
-    except ValueError as e:
-        raise ValueError(f"{path} is no JSON ({e}): restore it or delete it") from None
+    except ValueError:
+        value = None
     if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object: restore it or delete it")
+        raise ValueError(f"{path} is no JSON object: restore it or delete it")
     return value
 
 
 def read_log(run_dir):
     """Rows and events of a run's log.jsonl, as two lists of dicts. A half last line, which a kill can leave,
     is passed over; any other broken line is a ValueError."""
-    rows, events = [], []
-    path = Path(run_dir) / "log.jsonl"
+    path, rows, events = Path(run_dir) / "log.jsonl", [], []
     lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is no whole line
+    for at, line in enumerate(lines[:-1], 1):  # what follows the last newline is no whole line
         try:
             row = json.loads(line)
             (events if "event" in row else rows).append(row)
         except (ValueError, TypeError):
-            raise ValueError(f"{path}, line {number}: no JSON: restore it or delete {run_dir}") from None
+            raise ValueError(f"{path}, line {at}: no JSON: restore it or delete {run_dir}") from None
     return rows, events
+
+
+ENDED = ("finished", "diverged")
 
 
 def load_run(run_dir):
@@ -157,8 +156,7 @@ def load_run(run_dir):
     if not {"arm", "seed", "learning_rate"} <= config.keys():
         raise ValueError(f"{run_dir / 'config.json'} is no run's: delete the folder or restore the file")
     rows, events = read_log(run_dir)
-    ends = [e["event"] for e in events if e["event"] in ("finished", "diverged")]
-    status = ends[-1] if ends else "unfinished"
+    status = ["unfinished", *(e["event"] for e in events if e["event"] in ENDED)][-1]
     val_loss = rows[-1].get("val_loss") if rows and status == "finished" else None
     if status == "diverged" or val_loss is not None and not math.isfinite(val_loss):
         status, val_loss = "diverged", math.inf
@@ -180,24 +178,20 @@ def run_name(kind, arm, lr, seed):
 def load_runs(study_dir, kind="main", say=lambda line: None):
     """The runs of one of KINDS in a study folder such as out/mini, by arm in the order of LABELS, learning
     rate and seed. A folder that is damaged, a copy, or of no known arm is left out, and say() is told so."""
-    runs = []
-    for folder in sorted(Path(study_dir).glob(KINDS[kind])):
-        if not (folder / "config.json").exists():
-            continue  # not begun
+    runs = {}
+    for begun in sorted(Path(study_dir).glob(KINDS[kind] + "/config.json")):
+        folder = begun.parent
         try:
             run = load_run(folder)
-            c = run["config"]
-            name = run_name(kind, c["arm"], c["learning_rate"], c["seed"])
-            if c["arm"] not in LABELS:
-                raise ValueError(f"its arm {c['arm']!r} is not in study.py")
-            if folder.name != name:
+            arm, lr, seed = (run["config"][key] for key in ("arm", "learning_rate", "seed"))
+            if arm not in LABELS:
+                raise ValueError(f"its arm {arm!r} is not in study.py")
+            if folder.name != (name := run_name(kind, arm, lr, seed)):
                 raise ValueError(f"its config.json is that of {name}: a copy is no run of the study")
-            runs.append(run)
+            runs[list(LABELS).index(arm), lr, seed] = run
         except (ValueError, OSError) as e:
             say(f"{folder} is left out: {e}")
-    place = list(LABELS).index
-    return sorted(runs, key=lambda r: (place(r["config"]["arm"]), r["config"]["learning_rate"],
-                                       r["config"]["seed"]))
+    return [runs[place] for place in sorted(runs)]
 
 
 def arms_of(*runs):
@@ -263,17 +257,14 @@ def open_run(out_dir, config, meta, device):
     out_dir.mkdir(parents=True, exist_ok=True)
     lock = system.lock(out_dir)
     if old := read_json(out_dir / "config.json"):
-        known = defaults() | old
-        if differ := [k for k in config if k not in FREE and known[k] != config[k]]:
-            differ = ", ".join(f"{k} {known[k]!r} -> {config[k]!r}" for k in differ)
-            raise ValueError(f"{out_dir} was made with other settings ({differ}): give another --out_dir or "
-                             f"delete it")
-        if changed := [k for k in ("train_sha256", "val_sha256") if old.get("data", {}).get(k) != meta[k]]:
-            raise ValueError(f"{config['data_dir']} changed since the run in {out_dir} began "
-                             f"({', '.join(changed)}): bring the old data back, or give another --out_dir")
+        old = defaults() | old
+        if differ := [f"{k} {old[k]!r} -> {config[k]!r}" for k in config if k not in FREE and old[k] != config[k]]:
+            raise ValueError(f"{out_dir} was made with other settings ({', '.join(differ)}): give another "
+                             f"--out_dir or delete it")
+        if any(old.get("data", {}).get(k) != meta[k] for k in ("train_sha256", "val_sha256")):
+            raise ValueError(f"{config['data_dir']} changed since the run in {out_dir} began: bring the old data "
+                             f"back, or give another --out_dir")
         return lock
-    with torch.device("meta"):
-        num_params = GPT(gpt_config(config)).num_params()
     (out_dir / "source").mkdir(exist_ok=True)
     for path in (*ROOT.glob("*.py"), *ROOT.glob("*.sh")):
         if not path.name.startswith("test_"):
@@ -287,7 +278,8 @@ def open_run(out_dir, config, meta, device):
         python=platform.python_version(), torch=torch.__version__, numpy=np.__version__,
         commit=commit.strip() or "unknown", device=system.device_name(device),
         threads=torch.get_num_threads(), platform=platform.platform())))
-    config = dict(config, data=meta, num_params=num_params)
+    with torch.device("meta"):
+        config = dict(config, data=meta, num_params=GPT(gpt_config(config)).num_params())
     system.write_text(out_dir / "config.json", json.dumps(config, indent=1))
     return lock
 
@@ -296,8 +288,8 @@ def missing_spectra(run_dir, n_layer):
     """Names of spectra that the log speaks of and the folder lacks."""
     rows, events = read_log(run_dir)
     steps = [0] * bool(rows) + [e["step"] for e in events if e["event"] == "spot_check"]
-    names = [f"{kind}_layer_{i}_step_{s}.npy" for s in steps for kind in ("sv", "sv_weight")
-             for i in range(n_layer)]
+    names = (f"{kind}_layer_{i}_step_{step}.npy" for step in steps for i in range(n_layer)
+             for kind in ("sv", "sv_weight"))
     return [name for name in names if not (Path(run_dir) / name).exists()]
 
 
@@ -306,27 +298,24 @@ LOGIT_FLAG = 100  # the threshold tau of QK-Clip in Kimi K2 (arXiv:2507.20534)
 
 def spot_check(run_dir, row):
     """Step 6 of the plan, as an event: the row of a token checkpoint against the one before (or step 0)."""
+    def measures(row):  # each None where it is missing or not finite
+        logits = layer_values(row, "max_logit")
+        return [finite(x) for x in (row["val_loss"], row["mean_pr"], None if None in logits else max(logits))]
+
     rows, events = read_log(run_dir)
-    before = next((e for e in reversed(events) if e["event"] == "spot_check"), (rows or [row])[0])
-    loss, pr, logit = (finite(x) for x in (row["val_loss"], row["mean_pr"], largest_logit(row)))
-    nan = None in (loss, pr, logit)
-    falling = None not in (loss, before["val_loss"]) and loss < before["val_loss"]
-    flags = ["not finite"] * nan + ["val loss not falling"] * (not falling) + \
-        [f"largest logit above {LOGIT_FLAG}"] * (logit is not None and logit > LOGIT_FLAG)
+    spots = [e["step"] for e in events if e["event"] == "spot_check"]
+    before = next((r for r in reversed(rows) if r["step"] in spots), (rows or [row])[0])
+    (loss, pr, logit), (loss_before, pr_before, logit_before) = measures(row), measures(before)
+    nan, falling = None in (loss, pr, logit), None not in (loss, loss_before) and loss < loss_before
+    flags = {"not finite": nan, "val loss not falling": not falling,
+             f"largest logit above {LOGIT_FLAG}": logit is not None and logit > LOGIT_FLAG}
     return dict(event="spot_check", step=row["step"], tokens=row["tokens"], val_loss=loss, falling=falling,
-                nan=nan, mean_pr=pr, mean_pr_before=finite(before["mean_pr"]), max_logit=logit,
-                max_logit_before=finite(largest_logit(before)), flags=flags)
-
-
-def largest_logit(row):
-    """Of a log row or of a spot check; None where one is missing."""
-    logits = layer_values(row, "max_logit") or [row.get("max_logit")]
-    return None if None in logits else max(logits)
+                nan=nan, mean_pr=pr, mean_pr_before=pr_before, max_logit=logit, max_logit_before=logit_before,
+                flags=[flag for flag, raised in flags.items() if raised])
 
 
 def spot_check_line(e):
-    return (f"val loss {number(e['val_loss'])} {'falling' if e['falling'] else 'NOT falling'}, mean PR "
-            f"{number(e['mean_pr_before'], '.2f')} -> {number(e['mean_pr'], '.2f')}, largest logit "
+    return (f"mean PR {number(e['mean_pr_before'], '.2f')} -> {number(e['mean_pr'], '.2f')}, largest logit "
             f"{number(e['max_logit_before'], '.1f')} -> {number(e['max_logit'], '.1f')}, "
             f"flags: {', '.join(e['flags']) or 'none'}")
 
@@ -382,27 +371,29 @@ def neighbour_lrs(lr):
 def stage_runs(scale, stage, study_dir, fixed=False):
     """[(run folder, arguments of train.py)] that a stage still has to run; arms take turns, so that the first
     jobs compile different graphs and the others find them in the cache. fixed: the list of a fresh study."""
-    study_dir = Path(study_dir)
+    kind = STAGES[stage]
     if stage == "lr":
         due = {arm: [(lr, seed) for seed in sweep_seeds(scale) for lr in grid(scale, arm)] if fixed
                else missing_lrs(scale, arm, study_dir) for arm in ARMS}
+        turns = itertools.zip_longest(*([(arm, *point) for point in due[arm]] for arm in ARMS))
+        points = [point for turn in turns for point in turn if point]
         keys = ["--n_ckpt=0", "--first_look=0", f"--max_tokens={SCALES[scale]['sweep_tokens']}"]
-        runs = [(study_dir / "sweep" / run_name("sweep", arm, lr, seed), arm, seed,
-                 [f"--learning_rate={lr:g}", *keys])
-                for turn in itertools.zip_longest(*([(arm, *point) for point in due[arm]] for arm in ARMS))
-                for arm, lr, seed in filter(None, turn)]
-    elif stage == "main":
-        runs = [(study_dir / run_name("main", arm, 0, seed), arm, seed, []) for seed in SEEDS for arm in ARMS]
+    elif stage == "main":  # train.py takes the chosen rate
+        points, keys = [(arm, None, seed) for seed in SEEDS for arm in ARMS], []
     else:  # neighbours: does the choice hold at the main budget, and does the claim hold beside it?
         picks = chosen(study_dir)
-        runs = [(study_dir / "neighbours" / run_name("neighbours", arm, lr, SEEDS[0]), arm, SEEDS[0],
-                 [f"--learning_rate={lr:g}", "--n_ckpt=0"])
-                for side in (0, 1) for arm in ARMS if arm in picks
-                for lr in [neighbour_lrs(picks[arm]["lr"])[side]]]
-    begun = [] if fixed else load_runs(study_dir, STAGES[stage])
-    ended = [run["dir"] for run in begun if run["status"] != "unfinished"]
-    return [(d, [f"config/{scale}.py", f"config/{arm}.py", f"--seed={seed}", *keys,
-                 f"--out_dir={os.path.relpath(d, ROOT)}"]) for d, arm, seed, keys in runs if d not in ended]
+        points = [(arm, neighbour_lrs(picks[arm]["lr"])[side], SEEDS[0])
+                  for side in (0, 1) for arm in ARMS if arm in picks]
+        keys = ["--n_ckpt=0"]
+    begun = [] if fixed else load_runs(study_dir, kind)
+    ended, runs = [run["dir"] for run in begun if run["status"] in ENDED], []
+    for arm, lr, seed in points:
+        folder = Path(study_dir, "" if kind == "main" else kind, run_name(kind, arm, lr, seed))
+        rate = [f"--learning_rate={lr:g}"] if lr else []
+        if folder not in ended:
+            runs.append((folder, [f"config/{scale}.py", f"config/{arm}.py", f"--seed={seed}", *rate, *keys,
+                                  f"--out_dir={os.path.relpath(folder, ROOT)}"]))
+    return runs
 
 
 def choose(scale, study_dir):
@@ -414,19 +405,16 @@ def choose(scale, study_dir):
     for arm in ARMS:
         results = sweep_results(study_dir, arm, sweep_seeds(scale))
         best, bracketed, tie = winner(results)
-        seeds = sorted(results[best])
         mean = {lr: sum(losses.values()) / len(losses) for lr, losses in results.items()}
         if math.isinf(mean[best]):
             raise ValueError(f"{arm} diverged at every rate in {study_dir}/sweep: lower its grid in study.py")
-        picks[arm] = dict(
-            lr=best, val_loss=mean[best], bracketed=bracketed, tie=tie, seeds=seeds,
-            tokens=SCALES[scale]["sweep_tokens"],
-            tried=[dict(lr=lr, val_loss=finite(mean[lr]),
-                        status="finished" if finite(mean[lr]) else "diverged",
-                        val_losses=[finite(results[lr][s]) for s in seeds]) for lr in sorted(results)])
-        notes = ", not bracketed" * (not bracketed)
-        notes += f", a tie with {' and '.join(f'{lr:g}' for lr in tie)}" * bool(tie)
-        print(f"{LABELS[arm]:<24} lr = {best:g}, val loss {mean[best]:.4f}{notes}")
+        seeds = sorted(results[best])
+        tried = [dict(lr=lr, val_loss=finite(mean[lr]), status="finished" if finite(mean[lr]) else "diverged",
+                      val_losses=[finite(results[lr][s]) for s in seeds]) for lr in sorted(results)]
+        picks[arm] = dict(lr=best, val_loss=mean[best], bracketed=bracketed, tie=tie, seeds=seeds,
+                          tokens=SCALES[scale]["sweep_tokens"], tried=tried)
+        print(f"{LABELS[arm]:<24} lr = {best:g}, val loss {mean[best]:.4f}" + ", not bracketed" * (not bracketed)
+              + f", a tie with {' and '.join(f'{lr:g}' for lr in tie)}" * bool(tie))
     system.write_text(Path(study_dir) / "chosen_lr.json", json.dumps(picks, indent=1, allow_nan=False))
 
 

@@ -4,8 +4,9 @@
 #   bash sweep.sh SCALE --plan      what it costs: runs, tokens, FLOPs, disk, memory, hours; starts nothing
 #   bash sweep.sh SCALE --list      the commands of the runs that are still needed, one a line, for any scheduler
 #   bash sweep.sh SCALE --status    every run with its state, wherever it runs
-# SCALE: a scale of study.py; 80m where torch sees a GPU, else mini. JOBS=N runs at once (default: one a GPU, or one a
-# CPU core). SEEDS="42 137 7" adds seeds, ARMS and SWEEP_SEEDS say what else to run. Run again, it goes on where it was.
+# SCALE: a scale of study.py; 80m where torch sees a GPU, else mini. JOBS=N runs at once (default: the scale's number
+# on each GPU, or one a CPU core). SEEDS="42 137 7" adds seeds, ARMS and SWEEP_SEEDS say what else to run. Run again, it
+# goes on where it was.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 python=$(command -v python || command -v python3) ||
@@ -13,20 +14,19 @@ python=$(command -v python || command -v python3) ||
 "$python" -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("torch", "lm_eval", "tqdm"))))' ||
   { echo "error: $python lacks packages: run pip install -r requirements.txt" >&2; exit 1; }
 
-scale="" stages=()
+scale="" show="" stages=()
 for word in "$@"; do
   case $word in
-    data|lr|main|neighbours|eval|plot|report|--plan|--list|--status) stages+=("$word") ;;
+    data|lr|main|neighbours|eval|plot|report) stages+=("$word") ;;
+    --plan|--list|--status) show=${word#--} ;;
     *) [[ -z $scale ]] || { echo "error: '$word' is no stage: choose from data lr main neighbours eval plot report" \
          "--plan --list --status" >&2; exit 1; }
        scale=$word ;;
   esac
 done
 scale=$("$python" study.py scale ${scale:+"$scale"})
+[[ -z $show ]] || exec "$python" study.py "$show" "$scale"
 [[ ${#stages[@]} -gt 0 ]] || stages=(data lr main eval plot report)
-for word in plan list status; do
-  [[ " ${stages[*]} " != *" --$word "* ]] || exec "$python" study.py "$word" "$scale"
-done
 
 # A signal to this script goes on to what it runs, which saves and says how to go on; this script then leaves with it.
 child=""
@@ -49,15 +49,14 @@ for stage in "${stages[@]}"; do
   case $stage in
     data)   go data study.py data "$scale" || exit 1 ;;
     lr)     go lr study.py run "$scale" lr || true
-            go lr study.py choose "$scale" || exit 1; result=$out/chosen_lr.json ;;
+            go lr study.py choose "$scale" || exit 1 ;;
     main)   go main report.py --preregister "$out" || exit 1
-            go main study.py run "$scale" main || true; result="$out/ARM-seedSEED and $out/preregistered.json" ;;
-    neighbours) go neighbours study.py run "$scale" neighbours || true; result=$out/neighbours ;;
-    eval)   go eval evaluate.py "$out" ${ROWS:+--rows "$ROWS"} || true; result=$out/results.json ;;
-    plot)   go plot plot.py "$out" || true; result=$out/figures ;;
-    report) go report report.py "$out" || true; result="$out/report.md and report.html" ;;
+            go main study.py run "$scale" main || true ;;
+    neighbours) go neighbours study.py run "$scale" neighbours || true ;;
+    eval)   go eval evaluate.py "$out" ${ROWS:+--rows "$ROWS"} || true ;;
+    plot)   go plot plot.py "$out" || true ;;
+    report) go report report.py "$out" || true ;;
   esac
-  [[ $stage == data ]] || echo "== $stage: see $result =="
 done
 if (( ${#failed[@]} )); then
   echo "error: not everything went well in: ${failed[*]}; the lines above say what; mend it and run this again" >&2

@@ -2,7 +2,7 @@
 # The study on a SLURM cluster: bash tools/slurm.sh SCALE [sbatch options]
 # such as --partition=gpu --gres=gpu:1 --cpus-per-task=8. One array task a run. A task that is preempted or whose
 # time is up goes back into the queue, and on from its last checkpoint. Jobs that wait for each other:
-# data -> lr -> extend (grids whose winner is at an edge) -> choose -> main -> eval, plot, report.
+# data -> lr -> extend (grids whose winner is at an edge, in one job) -> choose -> main -> eval, plot, report.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [[ $# -gt 0 ]] || { echo "error: usage: bash tools/slurm.sh SCALE [sbatch options]" >&2; exit 1; }
@@ -24,11 +24,11 @@ last() { echo $(($("$python" study.py count "$scale" "$1") - 1)); } # index of a
 
 # Task I of a stage runs the I-th run of its fixed list, if it is not finished.
 id=$(submit data "" "$study data $scale")
-id=$(submit lr "afterok:$id" "$study task $scale lr \$SLURM_ARRAY_TASK_ID" "0-$(last lr)")
-# a winner at an edge makes its arm's grid grow; afterany: a failed run does not stop the others
-id=$(submit extend "afterany:$id" "$study extend $scale \$SLURM_ARRAY_TASK_ID" "0-$(last extend)")
+id=$(submit lr "afterok:$id" "$study run $scale lr \$SLURM_ARRAY_TASK_ID" "0-$(last lr)")
+# what the sweep still lacks: points beyond the edges, and runs that failed, which do not stop the others
+id=$(submit extend "afterany:$id" "$study run $scale lr")
 id=$(submit choose "afterany:$id" "$py study.py choose $scale && exec $py report.py --preregister out/$scale")
-id=$(submit main "afterok:$id" "$study task $scale main \$SLURM_ARRAY_TASK_ID" "0-$(last main)")
+id=$(submit main "afterok:$id" "$study run $scale main \$SLURM_ARRAY_TASK_ID" "0-$(last main)")
 id=$(submit report "afterany:$id" "exec bash sweep.sh $scale eval plot report")
 echo "submitted; the last job is $id: squeue and \`bash sweep.sh $scale --status\` show them; what they print is in" \
   "out/$scale/slurm"
