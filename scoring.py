@@ -1,7 +1,6 @@
 """How a checkpoint scores text: val loss, log-likelihoods of continuations, and lm-eval's view of it."""
 import contextlib
 import functools
-import itertools
 
 import numpy as np
 import torch
@@ -46,8 +45,8 @@ def val_losses(model, tokens, dtype):
 
 def widths(group):
     """Tokens of a group in the two parts of pack()'s pass."""
-    context, ((_, first), *others) = group
-    return len(context) + len(first) - 1, sum(len(target) - 1 for _, target in others)
+    context, targets = group
+    return len(context), sum(len(target) - 1 for _, target in targets)
 
 
 def share(pairs, block_size):
@@ -82,27 +81,23 @@ def batches(groups, limit):
 
 
 def pack(groups, device):
-    """One pass over groups: idx and pos (B, T), mask (B, 1, S, T) of the last S tokens, and flat rows (n,)
-    of the hidden states that predict the targets, in order. A context and its first target fill the first
-    T - S columns, padded on the right; the other targets follow, each with the positions right behind its
-    context. mask is None where no group has others: plain causal order does."""
+    """One pass over groups: idx and pos (B, C + S), mask (B, 1, S, C + S) of the last S tokens, and flat rows
+    (n,) of the hidden states that predict the targets, in order. A context fills the first C columns, padded on
+    the right; its targets follow one after the other, each with the positions right behind the context."""
     C, S = map(max, zip(*map(widths, groups)))
-    idx, owner = np.zeros((len(groups), C + S), dtype=np.int64), np.full((len(groups), S), -1)
-    pos, rows = np.tile(np.r_[:C, [0] * S].astype(np.int64), (len(groups), 1)), []
-    for b, (context, ((_, first), *others)) in enumerate(groups):
-        idx[b, :len(context) + len(first) - 1] = context + first[:-1]
+    S = max(1, S)  # so that there is always a mask
+    idx, pos, owner = (np.zeros((len(groups), n), dtype=np.int64) for n in (C + S, C + S, S))
+    pos[:, :C], rows = np.arange(C), []
+    for b, (context, targets) in enumerate(groups):
+        idx[b, :len(context)] = context
         start, at = b * (C + S), C
-        last = start + len(context) - 1  # the context's last token predicts each target's first
-        rows += range(last, last + len(first))
-        for j, (_, target) in enumerate(others):
-            end = at + len(target) - 1  # a target's own last token predicts nothing
-            rows += [last, *range(start + at, start + end)]
-            idx[b, at:end], pos[b, at:end] = target[:-1], np.arange(end - at) + len(context)
+        for j, (_, target) in enumerate(targets, 1):
+            end = at + len(target) - 1  # a target's own last token predicts nothing, the context's last its first
+            rows += [start + len(context) - 1, *range(start + at, start + end)]
+            idx[b, at:end], pos[b, at:end] = target[:-1], len(context) + np.arange(end - at)
             owner[b, at - C:end - C] = j
             at = end
     idx, pos, owner, rows = (torch.from_numpy(np.asarray(a)).to(device) for a in (idx, pos, owner, rows))
-    if S == 0:
-        return idx, pos, None, rows
     lengths = torch.tensor([[len(context)] for context, _ in groups], device=device)
     of_context = (torch.arange(C, device=device) < lengths)[:, None].expand(-1, S, -1)
     of_target = (owner[:, :, None] == owner[:, None, :]).tril()
@@ -111,12 +106,12 @@ def pack(groups, device):
 
 def packed_attention(mask):
     """An `attend` for the model's blocks: the last S of T queries look where mask (B, 1, S, T) is True, those
-    before them in causal order; without a mask all do."""
+    before them in causal order."""
     def attend(q, k, v):
         n = q.shape[-2] - mask.shape[-2]
         y = causal_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n])
         return torch.cat((y, F.scaled_dot_product_attention(q[:, :, n:], k, v, attn_mask=mask)), dim=2)
-    return causal_attention if mask is None else attend
+    return attend
 
 
 def score(model, pairs, dtype, desc=None):
@@ -152,8 +147,7 @@ def adapter(encoding, block_size):
     """lm-eval's view of a checkpoint: a TemplateLM whose `model`, `dtype` and `desc` are set from outside,
     so that one, with all texts tokenised once, serves every checkpoint of a tokenizer. After a call `cut`
     tells which requests lost context; the answer to one that cannot be scored is None."""
-    from lm_eval import utils  # here, because lm_eval takes seconds to import
-    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.model import TemplateLM  # here, because lm_eval takes seconds to import
 
     class Adapter(TemplateLM):
         eot_token_id = encoding.eot_token
@@ -173,16 +167,9 @@ def adapter(encoding, block_size):
             self.cut = [len(context) + len(target) > block_size + 1 for context, target in pairs]
             return score(self.model, pairs, self.dtype, self.desc)
 
-        def loglikelihood_rolling(self, requests, disable_tqdm=False):
-            rolling = functools.partial(utils.get_rolling_token_windows, prefix_token=self.prefix_token_id,
-                                        max_seq_len=block_size, context_len=1)
-            texts = [self.tok_encode(request.args[0]) for request in requests]
-            windows = [[*map(utils.make_disjoint_window, rolling(text))] for text in texts]
-            scores = iter(score(self.model, list(itertools.chain(*windows)), self.dtype, self.desc))
-            self.cut = [False] * len(requests)
-            return [sum(next(scores)[0] for _ in w) for w in windows]
-
         def generate_until(self, requests, disable_tqdm=False):
             raise NotImplementedError("the study's tasks only score given texts")
+
+        loglikelihood_rolling = generate_until
 
     return Adapter()

@@ -14,7 +14,7 @@ from safetensors.torch import save
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configurator import fail  # noqa: E402
-from evaluate import fitting_encoding, load_checkpoint  # noqa: E402
+from evaluate import get_encoding, load_checkpoint  # noqa: E402
 from model import NORM_EPS, ROPE_THETA  # noqa: E402
 from tokens import bpe_folder, cache_name  # noqa: E402
 
@@ -80,7 +80,7 @@ def export(checkpoint, folder):
     if folder.exists():
         raise ValueError(f"{folder} is there already: give another name or delete it")
     model, config = load_checkpoint(checkpoint)
-    encoding = fitting_encoding(config)
+    encoding = get_encoding(config["data"]["tokenizer"])
     files = {
         "config.json": hf_config(config, encoding.eot_token),
         "generation_config.json": {f"{kind}_token_id": encoding.eot_token for kind in ("bos", "eos", "pad")},
