@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from configurator import ROOT, fail, find
 from model import GPT, gpt_config
-from scoring import adapter, inference, val_losses
+from scoring import encode_pair, inference, score, val_losses
 from study import load_runs, read_json
 from system import start_device, write_text
 
@@ -143,18 +143,20 @@ def build_task(name, splits=None):
     return task
 
 
-def run_task(name, task, lm):
-    """Results of a built task on an adapter: lm-eval's metrics, and continuous ones, which small models move
-    long before accuracy. A document that cannot be scored is named and left out."""
+def run_task(name, task, pairs, model, dtype, desc):
+    """Results of a built task, whose requests are `pairs` of token ids: lm-eval's metrics, and continuous ones,
+    which small models move long before accuracy. A document that cannot be scored is named and left out."""
     from lm_eval.api.metrics import mean_stderr
+    longest = model.config.block_size
     rows, cut, left_out = [], 0, []
-    answers = zip(task.instances, lm.loglikelihood(task.instances), lm.cut, strict=True)
-    for doc_id, answers_of_doc in itertools.groupby(answers, lambda answer: answer[0].doc_id):
-        instances, scores, cuts = zip(*answers_of_doc)
+    answers = zip(task.instances, pairs, score(model, pairs, dtype, desc), strict=True)
+    for doc_id, of_doc in itertools.groupby(answers, lambda answer: answer[0].doc_id):
+        instances, pairs_of_doc, scores = zip(*of_doc)
         if None in scores:
             left_out.append(doc_id)
             continue
-        cut += any(cuts)
+        # a pass predicts one token more than it holds
+        cut += any(len(context) + len(target) > longest + 1 for context, target in pairs_of_doc)
         doc = instances[0].doc
         metrics = task.process_results(doc, list(scores))
         row = {key: int(metrics[key]) for key in ("acc", "acc_norm") if key in metrics}
@@ -166,8 +168,8 @@ def run_task(name, task, lm):
             row["target_nats"] = -scores[0][0]
         rows.append(row)
     if left_out:
-        tqdm.write(f"{lm.desc}: row {', '.join(str(i + 1) for i in left_out)} left out: a text to score has "
-                   f"no token, nothing before it, or more than {lm.max_length} tokens")
+        tqdm.write(f"{desc}: row {', '.join(str(i + 1) for i in left_out)} left out: a text to score has "
+                   f"no token, nothing before it, or more than {longest} tokens")
     if not rows:
         raise ValueError("none of its texts can be scored")
     results = dict(n=len(rows), cut=cut, left_out=left_out)
@@ -212,7 +214,7 @@ def evaluate(name, path, local, built, args, old={}):
     the same, and the rows, where any are given, are too."""
     model, config = load_checkpoint(path, args.device)
     encoding, dtype = get_encoding(config["data"]["tokenizer"]), args.dtype or config["dtype"]
-    weights, kind = sha256_of(path), (encoding.name, config["block_size"])
+    weights = sha256_of(path)
     run = dict(checkpoint=path.name, step=config["step"], tokens=config["tokens"], dtype=dtype, done={})
     for part in ("val", *TASKS):
         rows_of, splits = local.get(part, (None, None))
@@ -225,10 +227,11 @@ def evaluate(name, path, local, built, args, old={}):
             if part == "val":
                 got = run_val(model, val_tokens(config), encoding, dtype)
             else:
-                built[part] = built.get(part) or build_task(part, splits)
-                lm = built[kind] = built.get(kind) or adapter(encoding, config["block_size"])
-                lm.model, lm.dtype, lm.desc = model, dtype, f"{name} {part}"
-                got = run_task(part, built[part], lm)
+                if (part, encoding.name) not in built:
+                    task = build_task(part, splits)
+                    pairs = [encode_pair(encoding, *instance.args) for instance in task.instances]
+                    built[part, encoding.name] = task, pairs
+                got = run_task(part, *built[part, encoding.name], model, dtype, f"{name} {part}")
             json.dumps(got, allow_nan=False)  # ValueError for what is not finite
         except (OSError, ValueError, ArithmeticError) as e:
             run[part] = dict(not_available=" ".join(str(e).split()))

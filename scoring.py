@@ -1,4 +1,4 @@
-"""How a checkpoint scores text: val loss, log-likelihoods of continuations, and lm-eval's view of it."""
+"""How a checkpoint scores text: val loss, and log-likelihoods of continuations as lm-eval's models give them."""
 import contextlib
 import functools
 
@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from model import causal_attention
 
-PASS_TOKENS = {"cuda": 65_536, "cpu": 2048}  # of one pass: fills a GPU, stays near a CPU's cache
-HEAD_ROWS = 1024  # positions whose logits exist at once: 200 MB in float32 at 50,304 ids
+# of one pass: near a CPU's cache; on a GPU as many as have 3.3 GB of logits at 50,304 ids, as all can exist at once
+PASS_TOKENS = {"cuda": 16_384, "cpu": 2048}
 
 
 @contextlib.contextmanager
@@ -32,7 +32,7 @@ def val_losses(model, tokens, dtype):
     device, size = model.wte.weight.device, model.config.block_size
     starts = np.arange(0, len(tokens) - 1, size)
     nats, counts = np.zeros(len(starts)), np.minimum(size, len(tokens) - 1 - starts).astype(float)
-    batch = max(1, min(PASS_TOKENS[device.type], 16_384) // size)  # all their logits exist at once
+    batch = max(1, PASS_TOKENS[device.type] // size)
     for b in tqdm(range(0, len(starts), batch), desc="val", disable=None, leave=False):
         rows = [torch.from_numpy(tokens[s:s + size + 1].astype(np.int64)) for s in starts[b:b + batch]]
         x = pad_sequence([r[:-1] for r in rows], batch_first=True).to(device)
@@ -41,6 +41,20 @@ def val_losses(model, tokens, dtype):
             loss = model.loss(model.hidden(x), y, reduction="none")
         nats[b:b + batch] = loss.double().sum(-1).cpu()
     return nats, counts
+
+
+@functools.lru_cache(maxsize=4)  # the endings of an item repeat its long context
+def encode(encoding, text):
+    return encoding.encode_ordinary(text)
+
+
+def encode_pair(encoding, context, target):
+    """Token ids of a context and of the target behind it, as lm-eval's models have them: tokenised as one text,
+    blanks at the context's end counted to the target; an empty context is the end of a document."""
+    if not context:
+        return [encoding.eot_token], encode(encoding, target)
+    ids = encode(encoding, context.rstrip())
+    return ids, encode(encoding, context + target)[len(ids):]
 
 
 def widths(group):
@@ -124,52 +138,16 @@ def score(model, pairs, dtype, desc=None):
     with inference(device, dtype), bar:
         for batch in batches(share(pairs, model.config.block_size), PASS_TOKENS[device.type]):
             idx, pos, mask, rows = pack(batch, device)
-            scored = [target for _, targets in batch for target in targets]
+            scored = [pair for _, targets in batch for pair in targets]
             wanted = torch.tensor([token for _, target in scored for token in target], device=device)
             x, cos, sin = model.wte(idx), model.cos[pos].unsqueeze(1), model.sin[pos].unsqueeze(1)
             for block in model.h:
                 x = block(x, cos, sin, packed_attention(mask))
-            states = model.norm(x).flatten(0, 1)[rows]
-            logps, greedy = [], []
-            for h, w in zip(states.split(HEAD_ROWS), wanted.split(HEAD_ROWS)):
-                logits = model.logits(h)
-                logps.append(logits.gather(-1, w[:, None])[:, 0] - logits.logsumexp(-1))
-                greedy.append(logits.argmax(-1) == w)
+            logits = model.logits(model.norm(x).flatten(0, 1)[rows])
+            logps = logits.gather(-1, wanted[:, None])[:, 0] - logits.logsumexp(-1)
             sizes = [len(target) for _, target in scored]
-            logps, greedy = torch.cat(logps).double().cpu().split(sizes), torch.cat(greedy).cpu().split(sizes)
+            logps, greedy = (t.cpu().split(sizes) for t in (logps.double(), logits.argmax(-1) == wanted))
             for (i, _), logp, same in zip(scored, logps, greedy):
                 results[i] = logp.sum().item(), bool(same.all())
             bar.update(len(scored))
     return results
-
-
-def adapter(encoding, block_size):
-    """lm-eval's view of a checkpoint: a TemplateLM whose `model`, `dtype` and `desc` are set from outside,
-    so that one, with all texts tokenised once, serves every checkpoint of a tokenizer. After a call `cut`
-    tells which requests lost context; the answer to one that cannot be scored is None."""
-    from lm_eval.api.model import TemplateLM  # here, because lm_eval takes seconds to import
-
-    class Adapter(TemplateLM):
-        eot_token_id = encoding.eot_token
-        max_length = block_size
-        model = dtype = desc = None
-
-        @functools.lru_cache(maxsize=4)  # the endings of an item repeat its long context
-        def tok_encode(self, string, add_special_tokens=None, **kwargs):
-            return encoding.encode_ordinary(string)
-
-        @functools.cache
-        def _encode_pair(self, context, continuation):
-            return super()._encode_pair(context, continuation)
-
-        def _loglikelihood_tokens(self, requests, **kwargs):
-            pairs = [(context, target) for _, context, target in requests]
-            self.cut = [len(context) + len(target) > block_size + 1 for context, target in pairs]
-            return score(self.model, pairs, self.dtype, self.desc)
-
-        def generate_until(self, requests, disable_tqdm=False):
-            raise NotImplementedError("the study's tasks only score given texts")
-
-        loglikelihood_rolling = generate_until
-
-    return Adapter()

@@ -2,6 +2,7 @@
 and transformers, against wrong input. All rows are made here."""
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -174,15 +175,11 @@ def test_endings_of_an_item_share_one_pass():
     assert passed == 30 + 4 * 4
 
 
-def test_passes_are_full_and_cuts_are_counted(encoding):
+def test_passes_are_full():
     pairs = [(list(range(n)), [1, 2]) for n in range(5, 37)]
     passes = list(scoring.batches(scoring.share(pairs, 64), 100))
     assert sum(map(len, passes)) == 32 and all(len(b) * max(len(c) + 1 for c, _ in b) <= 100 for b in passes)
     assert len(passes) <= 1.5 * sum(n + 1 for n in range(5, 37)) / 100
-    lm = evaluate.adapter(encoding, 64)
-    lm.model, lm.dtype = tiny_model(False), "float32"
-    lm._loglikelihood_tokens([(None, [5] * n, [6, 7]) for n in (62, 63, 64)])
-    assert lm.cut == [False, False, True]  # a pass of 64 predicts a 65th token
 
 
 def test_what_no_pass_can_score_is_none():
@@ -321,17 +318,19 @@ def test_export_refuses_and_leaves_nothing_half(study, monkeypatch):
 
 # ---- tasks, against lm-eval's stock hf model ----
 
+def pairs_of(task, encoding):
+    return [scoring.encode_pair(encoding, *instance.args) for instance in task.instances]
+
+
 @needs_hf
 @pytest.mark.parametrize("qk_norm, block_size", [(False, 64), (True, 640)])
-def test_adapter_equals_stock_hf_model(qk_norm, block_size, tmp_path, encoding, monkeypatch):
+def test_tasks_equal_stock_hf_model(qk_norm, block_size, tmp_path, encoding, monkeypatch):
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
     model, meta = tiny_model(qk_norm, block_size), dict(tokenizer="gpt2-4096")
     export.export(write_run(tmp_path / "run-seed1", model, meta, tmp_path), tmp_path / "hf")
     hf = HFLM(pretrained=str(tmp_path / "hf"), device="cpu", dtype="float32", batch_size=4)
-    ours = evaluate.adapter(encoding, block_size)
-    ours.model, ours.dtype = model, "float32"
     monkeypatch.setenv("DISABLE_MULTIPROC", "1")
     # seconds of looking at the machine
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
@@ -339,7 +338,8 @@ def test_adapter_equals_stock_hf_model(qk_norm, block_size, tmp_path, encoding, 
             "lambada": dict(test=lambada_rows(40))}
     for name, splits in rows.items():
         task = evaluate.build_task(name, splits)
-        results = evaluate.run_task(name, task, ours)
+        pairs = pairs_of(task, encoding)
+        results = evaluate.run_task(name, task, pairs, model, "float32", name)
         # a built task belongs to its prompts: the stock model gets one of its own, as lm-eval's
         # command line would build it
         theirs = lm_eval.simple_evaluate(hf, tasks=[evaluate.build_task(name, splits)], bootstrap_iters=200,
@@ -350,7 +350,7 @@ def test_adapter_equals_stock_hf_model(qk_norm, block_size, tmp_path, encoding, 
         assert [s["arguments"] for s in samples] == [
             [i.args for i in task.instances if i.doc_id == s["doc_id"]] for s in samples]
         scored = [r for s in samples for r in s["filtered_resps"]]
-        mine = ours.loglikelihood(task.instances, disable_tqdm=True)
+        mine = scoring.score(model, pairs, "float32")
         assert np.abs(np.subtract([ll for ll, _ in scored], [ll for ll, _ in mine])).max() < 1e-3
         assert [g for _, g in scored] == [g for _, g in mine]
         for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr"):
@@ -377,26 +377,38 @@ def test_prompts_are_the_stock_protocol():
     assert [i.args[0] + i.args[1] for i in lambada.instances] == [r["text"] for r in lambada_rows(5)]
 
 
-def test_continuous_results(encoding):
-    task = evaluate.build_task(
-        "hellaswag", dict(train=hellaswag_rows(12, 1), validation=hellaswag_rows(5, 2)))
-    answers = iter([(-float(i), False) for i in range(1, 21)])
-    lm = types.SimpleNamespace(loglikelihood=lambda instances: [next(answers) for _ in instances],
-                               cut=[True] + [False] * 19)
-    results, docs = evaluate.run_task("hellaswag", task, lm), list(task.eval_docs)
-    assert results["n"] == 5 and results["cut"] == 1
+def test_continuous_results_and_cuts(monkeypatch):
+    def results_of(name, scores, splits, contexts=itertools.repeat(1)):
+        monkeypatch.setattr(evaluate, "score", lambda *args: scores)
+        task = evaluate.build_task(name, splits)
+        pairs = [([5] * n, [6, 7]) for n, _ in zip(contexts, scores)]
+        return evaluate.run_task(name, task, pairs, tiny_model(False), "float32", ""), task
+    results, task = results_of("hellaswag", [(-float(i), False) for i in range(1, 21)], dict(
+        train=hellaswag_rows(12, 1), validation=hellaswag_rows(5, 2)))
+    docs = list(task.eval_docs)
+    assert results["n"] == 5 and results["cut"] == 0
     assert results["acc"] == np.mean([doc["gold"] == 0 for doc in docs])  # the largest likelihood
     assert results["gold_nats_per_byte"] == pytest.approx(np.mean(
         [(4 * i + doc["gold"] + 1) / len(doc["choices"][doc["gold"]].encode()) for i, doc in enumerate(docs)]))
-    lambada = evaluate.build_task("lambada", dict(test=lambada_rows(50)))
     nats = np.random.default_rng(0).normal(4, 0.5, 50).tolist()
-    lm = types.SimpleNamespace(
-        loglikelihood=lambda instances: [(-n, i < 20) for i, n in enumerate(nats)], cut=[False] * 50)
-    results = evaluate.run_task("lambada", lambada, lm)
+    results, _ = results_of("lambada", [(-n, i < 20) for i, n in enumerate(nats)], dict(test=lambada_rows(50)))
     boot = np.exp(np.random.default_rng(1).choice(nats, (4000, 50)).mean(1)).std()
     assert results["acc"] == 0.4 and results["ppl"] == pytest.approx(math.exp(np.mean(nats)))
     assert results["ppl_stderr"] == pytest.approx(boot, rel=0.1) \
         and results["target_nats"] == pytest.approx(np.mean(nats))
+    results, _ = results_of("lambada", [(-1.0, True)] * 3, dict(test=lambada_rows(3)), (62, 63, 64))
+    assert results["cut"] == 1  # a pass of 64 predicts a 65th token
+
+
+def test_pairs_are_those_of_stock_models(encoding):
+    """Blanks at the end of a context, none at all, half a word."""
+    from lm_eval.api.model import TemplateLM
+    stock = types.SimpleNamespace(tok_encode=lambda text, **_: encoding.encode_ordinary(text), backend="causal")
+    for context in ("the sea", "the sea ", "the  \n ", "  ", " ", "caf"):
+        for target in (" wind", "é", "  went on", ""):
+            assert scoring.encode_pair(encoding, context, target) \
+                == tuple(TemplateLM._encode_pair(stock, context, target))
+    assert scoring.encode_pair(encoding, "", "sea") == ([EOT], encoding.encode_ordinary("sea"))
 
 
 # ---- the command ----

@@ -12,7 +12,6 @@ What it gave, and on which machine, is in docs/LOG.md.
 import contextlib
 import importlib.util
 import json
-import multiprocessing
 import os
 import re
 import runpy
@@ -20,7 +19,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
 
@@ -124,41 +122,20 @@ def bench_gpu(scale="80m", steps=40, n=8192):
                   + ", ".join(f"{part} {ms:.1f}" for part, ms in spent.items()), flush=True)
 
 
-def bench_muon(rounds=7):
-    """An optimizer step on a model's hidden matrices, same gradients. Two layers of 80m
-    where torch.optim.Muon, which always multiplies in bfloat16, would take minutes a step."""
-    for scale, layers in (("mini", 6), ("4m", 8), ("80m", 22 if AUTO == "bfloat16" else 2)):
-        sides = {}
-        for name, optimizer in (("ours", lambda p: Muon(p, lr=1e-3)),
-                                ("torch.optim.Muon", lambda p: torch.optim.Muon(
-                                    p, lr=1e-3, adjust_lr_fn="match_rms_adamw"))):
-            params = [p for p in GPT(config_of(scale, n_layer=layers)).h.parameters() if p.ndim == 2]
-            for p in params:
-                p.grad = torch.randn_like(p)
-            sides[name] = optimizer(params).step
-        show(f"muon step, {scale}, {layers} layers", in_turns(sides, rounds if scale != "80m" else 3),
-             "torch.optim.Muon")
+def bench_muon(rounds=5):
+    """An optimizer step on a model's hidden matrices, same gradients. Two layers of 80m, as torch.optim.Muon
+    would take minutes for all 22 on a CPU without bfloat16, in which it always multiplies."""
+    for scale, layers in (("mini", 6), ("4m", 8), ("80m", 2)):
+        params = [p for p in GPT(config_of(scale, n_layer=layers)).to(DEVICE).h.parameters() if p.ndim == 2]
+        for p in params:
+            p.grad = torch.randn_like(p)
+        sides = {"ours": Muon(params, lr=1e-3).step,
+                 "torch.optim.Muon": torch.optim.Muon(params, lr=1e-3, adjust_lr_fn="match_rms_adamw").step}
+        show(f"muon step, {scale}, {layers} layers", in_turns(sides, rounds), "torch.optim.Muon")
 
 
-def make_step(folder, scale, micro, layers):
-    """Set this process's step(): a training step on random tokens, AdamW, compiled, of our model, or of
-    nanoGPT's where its folder is given."""
-    global step
-    # nanoGPT's MLP has 4 * n_embd and two matrices; ours three, so this ffn_dim has as many weights
-    c = config_of(scale, n_layer=layers, ffn_dim=round(8 / 3 * config_of(scale).n_embd / 8) * 8)
-    if folder:
-        spec = importlib.util.spec_from_file_location("nanogpt_model", Path(folder) / "model.py")
-        nanogpt = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(nanogpt)
-        model = nanogpt.GPT(nanogpt.GPTConfig(
-            block_size=c.block_size, vocab_size=c.vocab_size, n_layer=layers, n_head=c.n_head,
-            n_embd=c.n_embd, dropout=0.0, bias=False)).to(DEVICE)
-        compiled = torch.compile(model, dynamic=False)
-        loss_of = lambda x, y: compiled(x, y)[1]
-    else:
-        system.keep_freed_memory()
-        loss_of = model = GPT(c).init_weights(torch.Generator().manual_seed(0)).to(DEVICE)
-        model.compile_parts()
+def train_step(model, loss_of, c, micro):
+    """A function that does one training step on random tokens, AdamW; loss_of: model, compiled."""
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     block = torch.randint(0, c.vocab_size, (micro, c.block_size + 1), device=DEVICE)
 
@@ -168,45 +145,45 @@ def make_step(folder, scale, micro, layers):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-
-
-def do_steps(n):
-    for _ in range(n):
-        step()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
+    return step
 
 
 def bench_nanogpt(folder, rounds=9):
     """A step against nanoGPT's model at the same layers, width, heads, vocabulary, context, batch, dtype and
-    number of weights, each in a process of its own as its users run it, both compiled."""
+    number of weights, both compiled, and both with the memory of steps before that system.py keeps for ours."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(folder) / "model.py")
+    nanogpt = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(nanogpt)
+    system.start_device(DEVICE)
     for scale, micro, layers, steps in (("mini", 8, 6, 10), ("4m", 8, 8, 3), ("80m", 1, 4, 1)):
-        with contextlib.ExitStack() as stack:
-            sides = {}
-            for name, where in (("ours", None), ("nanoGPT", folder)):
-                pool = stack.enter_context(ProcessPoolExecutor(
-                    1, multiprocessing.get_context("spawn"), make_step, (where, scale, micro, layers)))
-                sides[name] = lambda pool=pool: pool.submit(do_steps, steps).result()
-            show(f"{scale}, {layers} layers, compiled", in_turns(sides, rounds), "nanoGPT", steps)
+        torch.compiler.reset()
+        # its MLP has 4 * n_embd and two matrices; ours three, so this ffn_dim has as many weights
+        c = config_of(scale, n_layer=layers, ffn_dim=round(8 / 3 * config_of(scale).n_embd / 8) * 8)
+        ours = GPT(c).init_weights(torch.Generator().manual_seed(0)).to(DEVICE)
+        ours.compile_parts()
+        theirs = nanogpt.GPT(nanogpt.GPTConfig(
+            block_size=c.block_size, vocab_size=c.vocab_size, n_layer=layers, n_head=c.n_head,
+            n_embd=c.n_embd, dropout=0.0, bias=False)).to(DEVICE)
+        compiled = torch.compile(theirs, dynamic=False)
+        step, other = train_step(ours, ours, c, micro), train_step(theirs, lambda x, y: compiled(x, y)[1], c, micro)
+        seconds = in_turns({"ours": lambda: [step() for _ in range(steps)],
+                            "nanoGPT": lambda: [other() for _ in range(steps)]}, rounds)
+        show(f"{scale}, {layers} layers, compiled", seconds, "nanoGPT", steps)
 
 
 def bench_start(rounds=5):
-    """Seconds of a run of one step at mini with a warm compile cache and one thread, as sweep.sh starts
-    a main run: to its first training step, which begins when the look at step 0 is in the log, and back to the
-    prompt. A sweep run does without that look."""
+    """Seconds of a run of one step at mini with a warm compile cache and one thread, as sweep.sh starts a main
+    run: to its first training step, which begins when step 0 has been looked at, and back to the prompt."""
     first, whole = [], []
-    command = [sys.executable, "train.py", "config/mini.py", "config/muon_qk.py", "--n_ckpt=0",
-               f"--max_tokens={study.scale_config('mini')['batch_tokens']}"]
     env = dict(os.environ, OMP_NUM_THREADS="1", TORCHINDUCTOR_COMPILE_THREADS="1")
     with tempfile.TemporaryDirectory() as folder:
         for r in range(rounds + 1):  # the first one warms the cache
-            log = Path(folder) / str(r) / "log.jsonl"
             start = time.perf_counter()
-            run = subprocess.Popen([*command, f"--out_dir={log.parent}"], cwd=ROOT, env=env,
-                                   stdout=subprocess.DEVNULL)
-            while run.poll() is None and not log.exists():
-                time.sleep(0.01)
-            first.append(time.perf_counter() - start)
+            run = subprocess.Popen(
+                [sys.executable, "-u", "train.py", "config/mini.py", "config/muon_qk.py", "--n_ckpt=0",
+                 f"--max_tokens={study.scale_config('mini')['batch_tokens']}", f"--out_dir={folder}/{r}"],
+                cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+            first += [time.perf_counter() - start for line in run.stdout if line.startswith("step 0/")]
             if run.wait():
                 sys.exit(run.returncode)
             whole.append(time.perf_counter() - start)
