@@ -124,7 +124,6 @@ def build_task(name, splits=None):
     from lm_eval.tasks._yaml_loader import load_yaml  # TaskManager reads 10,000 other files first
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     config = load_yaml(Path(lm_eval.__file__).parent / "tasks" / TASKS[name]["yaml"])
-    config.pop("tag", None)
     config["num_fewshot"] = TASKS[name]["shots"]
     if splits:
         datasets.disable_progress_bars()
@@ -207,7 +206,7 @@ def run_val(model, tokens, encoding, dtype):
 
 
 # ---- evaluating
-def evaluate(name, path, local, built, args, old={}):
+def evaluate(path, local, built, args, old={}):
     """All results of one checkpoint, as a dict: val_*, and a dict for each task; {part: {"not_available":
     why}} for what cannot be had. local: local_rows' answer. built: what earlier checkpoints made, to which
     this adds. old: this run's earlier results; a part of them stays where checkpoint, dtype and lm-eval are
@@ -231,7 +230,7 @@ def evaluate(name, path, local, built, args, old={}):
                     task = build_task(part, splits)
                     pairs = [encode_pair(encoding, *instance.args) for instance in task.instances]
                     built[part, encoding.name] = task, pairs
-                got = run_task(part, *built[part, encoding.name], model, dtype, f"{name} {part}")
+                got = run_task(part, *built[part, encoding.name], model, dtype, f"{path.parent.name} {part}")
             json.dumps(got, allow_nan=False)  # ValueError for what is not finite
         except (OSError, ValueError, ArithmeticError) as e:
             run[part] = dict(not_available=" ".join(str(e).split()))
@@ -256,14 +255,13 @@ def evaluate_study(study_dir, local, args):
                          f"bash sweep.sh {study_dir.name}")
     old = read_json(path, {}).get("runs", {})
     runs = {name: run for name, run in old.items() if name in checkpoints}
-    protocol = dict({name: f"lm-eval's {task['yaml']}, {task['shots']}-shot" for name, task in TASKS.items()},
-                    fewshot_seed=FEWSHOT_SEED, lm_eval=LM_EVAL, torch=torch.__version__,
-                    device=str(args.device))
+    protocol = {name: f"lm-eval's {task['yaml']}, {task['shots']}-shot" for name, task in TASKS.items()}
+    protocol |= dict(fewshot_seed=FEWSHOT_SEED, lm_eval=LM_EVAL, torch=torch.__version__, device=str(args.device))
     built, why_not = {}, {}
     for name, checkpoint in tqdm(checkpoints.items(), desc="checkpoints", disable=None):
         try:
             if checkpoint.exists() or name not in runs:  # results outlive a checkpoint deleted to save space
-                runs[name] = evaluate(name, checkpoint, local, built, args, runs.get(name, {}))
+                runs[name] = evaluate(checkpoint, local, built, args, runs.get(name, {}))
         except ValueError as e:  # a damaged file must not keep the others from being evaluated
             left_out[name] = str(e)
             damaged.append(e)
@@ -321,8 +319,7 @@ def main():
     local = local_rows(args.rows) if args.rows else {}
     if args.study:
         return evaluate_study(args.study, local, args)
-    run = evaluate(args.ckpt.stem, args.ckpt, local, {}, args)
-    print(json.dumps(run, indent=1))
+    print(json.dumps(evaluate(args.ckpt, local, {}, args), indent=1))
 
 
 if __name__ == "__main__":

@@ -308,8 +308,6 @@ def test_export_refuses_and_leaves_nothing_half(study, monkeypatch):
     (study.tmp / "there").mkdir()
     with pytest.raises(ValueError, match="there already"):
         export.export(study.ckpt, study.tmp / "there")
-    with pytest.raises(ValueError, match="tokenizer x is no part of GPT-2's BPE"):
-        export.tokenizer_json(types.SimpleNamespace(name="x", eot_token=100_257, n_vocab=100_277))
     monkeypatch.setattr(export, "save", lambda *args, **more: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export.export(study.ckpt, study.tmp / "hf")

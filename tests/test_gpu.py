@@ -93,7 +93,7 @@ def test_evaluation_on_a_standin(tmp_path, data):  # noqa: F811
 
 def test_bench_on_a_standin(tmp_path):
     (tmp_path / "gpu.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT / 'tools')!r}); "
-                                     "import bench; bench.bench_gpu('ci', 6, 256)\n")
+                                     "import bench; bench.bench_gpu('ci', 6)\n")
     done = subprocess.run([sys.executable, STANDIN, str(tmp_path / "gpu.py")], capture_output=True,
                           text=True, env=ENV, cwd=ROOT)
     assert done.returncode == 0, done.stderr

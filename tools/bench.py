@@ -1,7 +1,7 @@
 """What things cost on this machine, two sides in turns, medians and ratios:
 
-    python tools/bench.py gpu          on a GPU: ceilings, tokens/s, MFU, memory and milliseconds by part of
-                                       adamw and muon_qk at 80m, in two minutes
+    python tools/bench.py gpu          on a GPU: tokens/s, MFU, memory and time by kernel of adamw and
+                                       muon_qk at 80m, in two minutes
     python tools/bench.py nanogpt DIR  a training step of mini, 4m and four layers of 80m against nanoGPT's
                                        model; DIR is a checkout of karpathy/nanoGPT
     python tools/bench.py muon         our batched step against torch.optim.Muon, at mini, 4m and 80m
@@ -13,7 +13,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import re
 import runpy
 import subprocess
 import sys
@@ -76,21 +75,10 @@ def random_data(folder, vocab_size, n):
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-PARTS = {  # names of kernels, the first that fits
-    "attention": "flash|fmha|sdpa|attention", "matrix products": "gemm|nvjet|cutlass|cublas|matmul|Cijk",
-    "optimizer": "multi_tensor|adam|foreach", "compiled": "triton", "copies": "memcpy|memset|copy", "other": ""}
-
-
-def bench_gpu(scale="80m", steps=40, n=8192):
+def bench_gpu(scale="80m", steps=40):
     """The real train.py in this process, on random tokens: as it is, and half of the steps under torch's
-    profiler. The ceilings are those of an n x n matrix."""
+    profiler."""
     c, batch, peak = config_of(scale), study.scale_config(scale)["batch_tokens"], system.peak_flops(DEVICE)
-    a = torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16)
-    seconds = in_turns({"product": lambda: a @ a, "copy": lambda: a.clone()}, 10)
-    ceiling = 2 * n**3 / median(seconds["product"])
-    print(f"{system.device_name(DEVICE)}, torch {torch.__version__}: matrix product "
-          f"{ceiling / 1e12:.0f} TFLOP/s in bfloat16, copy {4 * n**2 / median(seconds['copy']) / 1e9:,.0f} GB/s "
-          f"read and written", flush=True)
     with torch.device("meta"):
         flops = GPT(c).flops_per_token()  # gains count for nothing: the same in both arms
 
@@ -103,23 +91,18 @@ def bench_gpu(scale="80m", steps=40, n=8192):
             runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
         return study.read_log(out_dir)[0][-1]["tokens_per_s"]  # of the second half, when all is warm
 
+    print(f"{system.device_name(DEVICE)}, torch {torch.__version__}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         random_data(Path(folder), min(c.vocab_size, 50_000), 4 * batch)
         for arm in ("adamw", "muon_qk"):
             torch.cuda.reset_peak_memory_stats()
             speed = run(arm, steps, Path(folder) / arm)
             mfu = f"{speed * flops / peak:.1%}" if peak else "unknown"
-            print(f"{arm} at {scale}: {speed:,.0f} tokens/s, {1e3 * batch / speed:.1f} ms a step, MFU {mfu} (of "
-                  f"attention what is under the mask), of the matrix product's speed {speed * flops / ceiling:.1%}, "
-                  f"peak memory {system.peak_memory(DEVICE) / 2**20:.0f} MB", flush=True)
+            print(f"{arm} at {scale}: {speed:,.0f} tokens/s, {1e3 * batch / speed:.1f} ms a step, MFU {mfu} "
+                  f"(attention under the mask), peak memory {system.peak_memory(DEVICE) / 2**20:.0f} MB", flush=True)
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
                 run(arm, steps // 2, Path(folder) / f"{arm}-profile")
-            spent = dict.fromkeys(PARTS, 0.0)
-            for e in profile.key_averages():
-                part = next(part for part, pattern in PARTS.items() if re.search(pattern, e.key, re.I))
-                spent[part] += e.self_device_time_total / 1e3 / (steps // 2)
-            print(f"{arm}: ms a step by kernel, looks included: "
-                  + ", ".join(f"{part} {ms:.1f}" for part, ms in spent.items()), flush=True)
+            print(profile.key_averages().table("self_device_time_total", 20, max_name_column_width=60), flush=True)
 
 
 def bench_muon(rounds=5):
