@@ -1,16 +1,17 @@
-"""Evaluate final checkpoints: val perplexity, HellaSwag 10-shot, LAMBADA 0-shot, WikiText.
+"""Evaluate final checkpoints: val perplexity, HellaSwag 10-shot, LAMBADA 0-shot.
 
     python evaluate.py out/80m [--rows DIR]              all finished runs of a study, to its results.json
-    python evaluate.py --ckpt FILE [--rows DIR]          one checkpoint, as `key: value` lines
+    python evaluate.py --ckpt FILE [--rows DIR]          one checkpoint, printed as results.json has it
     python evaluate.py --ckpt FILE --sample "Once upon"  a continuation, to see what a model learned
 
 The tasks are lm-eval's own, with its prompts, shots and metrics; only the scoring of tokens (scoring.py) is
 ours. --rows DIR takes local rows in place of a download: hellaswag_train.jsonl with
-hellaswag_validation.jsonl, lambada_openai.jsonl, wikitext_test.jsonl.
+hellaswag_validation.jsonl, lambada_openai.jsonl.
 """
 import argparse
 import functools
 import importlib.metadata
+import itertools
 import json
 import logging
 import math
@@ -24,27 +25,24 @@ from tqdm import tqdm
 
 from configurator import ROOT, fail, find
 from model import GPT, gpt_config
-from scoring import adapter, inference, val_losses
+from scoring import encode_pair, inference, score, val_losses
 from study import load_runs, read_json
 from system import start_device, write_text
 
 sys.path.append(str(ROOT / "data"))
 from tokens import get_encoding, load_bin, load_meta, sha256_of  # noqa: E402
 
-TASKS = {  # row: the fields of a local row; valid: a check of it
+TASKS = {  # fields: of a local row, with their types; valid: a further check of it
     "hellaswag": dict(
         yaml="hellaswag/hellaswag.yaml", shots=10,
         files={"train": "hellaswag_train.jsonl", "validation": "hellaswag_validation.jsonl"},
-        row=["activity_label", "ctx_a", "ctx_b", "endings", "label"],
-        valid=lambda row: isinstance(row["endings"], list) and all(row["endings"])
-        and all(isinstance(row[key], str) for key in ("activity_label", "ctx_a", "ctx_b"))
-        and all(isinstance(ending, str) for ending in row["endings"])
+        fields=dict(activity_label=str, ctx_a=str, ctx_b=str, endings=list, label=(str, int)),
+        valid=lambda row: all(isinstance(ending, str) and ending for ending in row["endings"])
         and str(row["label"]) in map(str, range(len(row["endings"])))),
     "lambada": dict(yaml="lambada/lambada_openai.yaml", shots=0, files={"test": "lambada_openai.jsonl"},
-                    row=["text"], valid=lambda row: row["text"].strip()),
-    "wikitext": dict(yaml="wikitext/wikitext.yaml", shots=0, files={"test": "wikitext_test.jsonl"},
-                     row=["page"], valid=lambda row: row["page"].strip()),
+                    fields=dict(text=str), valid=lambda row: row["text"].strip()),
 }
+SHOWN = {"val": "val_loss", "hellaswag": "acc_norm", "lambada": "acc"}
 FEWSHOT_SEED = 1234  # lm-eval's default, so that its command line draws the same shots
 BOOTSTRAP = 1000
 LM_EVAL = importlib.metadata.version("lm_eval")
@@ -59,21 +57,10 @@ def load_checkpoint(path, device="cpu"):
         config = dict(state["config"], step=state["step"], tokens=state["tokens"])
         model = GPT(gpt_config(config))
         model.load_state_dict(state["model"])
-        config["data"]["tokenizer"]
     except Exception as e:  # a damaged file can fail anywhere inside the unpickler
         raise ValueError(f"{path} is no whole checkpoint of train.py ({type(e).__name__}: {str(e)[:150]}): "
                          f"give another file, or train again") from None
     return model.to(device).eval(), config
-
-
-def fitting_encoding(config):
-    """The tiktoken.Encoding of a checkpoint's data. ValueError where it has more ids than the model."""
-    encoding = get_encoding(config["data"]["tokenizer"])
-    if encoding.n_vocab > config["vocab_size"]:
-        raise ValueError(
-            f"tokenizer {encoding.name} has {encoding.n_vocab:,} ids and does not fit the checkpoint's "
-            f"vocab_size {config['vocab_size']:,}: its config names other data than it was trained on")
-    return encoding
 
 
 # ---- tasks
@@ -82,20 +69,21 @@ def read_rows(path, task):
     if not path.exists():
         raise ValueError(f"{path} is missing: --rows needs all files of a task")
     rows = []
-    for number, line in enumerate(path.read_bytes().removesuffix(b"\n").split(b"\n"), 1):
+    for number, line in enumerate(path.open("rb"), 1):
         try:
             row = json.loads(line.decode("utf-8-sig"))  # -sig: a file may begin with a byte-order mark
-            row = {field: row[field] for field in task["row"]}
+            row = {field: row[field] for field in task["fields"]}
             json.dumps(row, ensure_ascii=False).encode()  # half a surrogate pair cannot be stored
-            valid = task["valid"](row)
-        except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+            valid = all(isinstance(row[field], kind) for field, kind in task["fields"].items()) \
+                and task["valid"](row)
+        except (ValueError, RecursionError, KeyError, TypeError):
             valid = False
         if not valid:
-            text, fields = line.decode(errors="replace"), ", ".join(task["row"])
-            raise ValueError(f"{path}, line {number}: {text!r:.60} is no JSON object in UTF-8 with valid "
-                             f"{fields}")
-        # HellaSwag's own labels are texts, and a Dataset's column has one type
-        rows.append(row | {"label": str(row["label"])} if "label" in row else row)
+            raise ValueError(f"{path}, line {number}: {line.decode(errors='replace')!r:.60} is no JSON object "
+                             f"in UTF-8 with valid {', '.join(task['fields'])}")
+        if "label" in row:
+            row["label"] = str(row["label"])  # as HellaSwag's own are; a Dataset's column has one type
+        rows.append(row)
     return rows
 
 
@@ -106,8 +94,9 @@ def local_rows(rows_dir):
         paths = {split: Path(rows_dir) / file for split, file in task["files"].items()}
         if any(path.exists() for path in paths.values()):
             splits = {split: read_rows(path, task) for split, path in paths.items()}
-            if "train" in splits and len(splits["train"]) < task["shots"]:
-                raise ValueError(f"{paths['train']} has fewer rows than the {task['shots']} shots: give more")
+            for split, rows in splits.items():
+                if len(rows) < (needed := task["shots"] if split == "train" else 1):
+                    raise ValueError(f"{paths[split]} has {len(rows)} rows: give at least {needed}")
             found[name] = [sha256_of(path) for path in paths.values()], splits
     if not found:
         raise ValueError(f"--rows {rows_dir} holds no rows: --help names the files that it takes")
@@ -135,13 +124,11 @@ def build_task(name, splits=None):
     from lm_eval.tasks._yaml_loader import load_yaml  # TaskManager reads 10,000 other files first
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     config = load_yaml(Path(lm_eval.__file__).parent / "tasks" / TASKS[name]["yaml"])
-    config.pop("tag", None)
     config["num_fewshot"] = TASKS[name]["shots"]
     if splits:
         datasets.disable_progress_bars()
         data = {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
         config["custom_dataset"] = lambda **_: data
-        config |= {k: None for k in ("training_split", "validation_split") if config.get(k) not in splits}
     try:
         task = ConfigurableTask(config=config)
     except Exception as e:  # whatever datasets, its file systems or the network come up with
@@ -155,49 +142,46 @@ def build_task(name, splits=None):
     return task
 
 
-def run_task(name, task, lm):
-    """(results, one row a document) of a built task on an adapter: lm-eval's metrics, and continuous ones,
+def run_task(name, task, pairs, model, dtype, desc):
+    """Results of a built task, whose requests are `pairs` of token ids: lm-eval's metrics, and continuous ones,
     which small models move long before accuracy. A document that cannot be scored is named and left out."""
     from lm_eval.api.metrics import mean_stderr
-    documents, metrics, rows, left_out = {}, {}, [], []
-    responses = getattr(lm, task.instances[0].request_type)(task.instances)
-    for instance, response, cut in zip(task.instances, responses, lm.cut, strict=True):
-        documents.setdefault(instance.doc_id, []).append((instance.doc, response, cut))
-    for doc_id, answers in documents.items():
-        (doc, *_), scores, cuts = zip(*answers)
+    longest = model.config.block_size
+    rows, cut, left_out = [], 0, []
+    answers = zip(task.instances, pairs, score(model, pairs, dtype, desc), strict=True)
+    for doc_id, of_doc in itertools.groupby(answers, lambda answer: answer[0].doc_id):
+        instances, pairs_of_doc, scores = zip(*of_doc)
         if None in scores:
             left_out.append(doc_id)
             continue
-        values = task.process_results(doc, list(scores))
-        for metric, value in values.items():
-            metrics.setdefault(metric, []).append(value)
-        row = dict(id=doc_id, cut=any(cuts))
-        row |= {key: int(values[key]) for key in ("acc", "acc_norm") if key in values}
+        # a pass predicts one token more than it holds
+        cut += any(len(context) + len(target) > longest + 1 for context, target in pairs_of_doc)
+        doc = instances[0].doc
+        metrics = task.process_results(doc, list(scores))
+        row = {key: int(metrics[key]) for key in ("acc", "acc_norm") if key in metrics}
         if name == "hellaswag":
-            lls, gold = [ll for ll, _ in scores], doc["gold"]
+            gold = doc["gold"]
             size = max(1, len(doc["choices"][gold].encode()))  # lm-eval makes "[title]" an empty text
-            row.update(gold=gold, log_likelihoods=lls, gold_nats_per_byte=-lls[gold] / size)
-        elif name == "lambada":
-            row.update(log_likelihood=scores[0][0], target_nats=-scores[0][0])
+            row["gold_nats_per_byte"] = -scores[gold][0] / size
         else:
-            row.update(log_likelihood=scores[0])
+            row["target_nats"] = -scores[0][0]
         rows.append(row)
     if left_out:
-        tqdm.write(f"{lm.desc}: row {', '.join(str(i + 1) for i in left_out)} left out: a text to score has "
-                   f"no token, nothing before it, or more than {lm.max_length} tokens")
+        tqdm.write(f"{desc}: row {', '.join(str(i + 1) for i in left_out)} left out: a text to score has "
+                   f"no token, nothing before it, or more than {longest} tokens")
     if not rows:
         raise ValueError("none of its texts can be scored")
-    results = {metric.replace("perplexity", "ppl"): task.aggregation()[metric](values)
-               for metric, values in metrics.items()}
-    for key in ("acc", "acc_norm", "gold_nats_per_byte", "target_nats"):
-        if key in rows[0]:
-            values = [row[key] for row in rows]
-            results[key] = sum(values) / len(values)
-            results[f"{key}_stderr"] = mean_stderr(values) if len(values) > 1 else None
-    if results.get("target_nats_stderr") is not None:
+    results = dict(n=len(rows), cut=cut, left_out=left_out)
+    for key in rows[0]:
+        values = [row[key] for row in rows]
+        results[key] = sum(values) / len(values)
+        results[f"{key}_stderr"] = mean_stderr(values) if len(values) > 1 else None
+    if name == "lambada":
+        results["ppl"] = math.exp(results["target_nats"])
         # by the delta method: lm-eval's 100,000 bootstrap draws say the same and take minutes
-        results["ppl_stderr"] = results["ppl"] * results["target_nats_stderr"]
-    return dict(results, n=len(rows), cut=sum(row["cut"] for row in rows), left_out=left_out), rows
+        error = results["target_nats_stderr"]
+        results["ppl_stderr"] = None if error is None else results["ppl"] * error
+    return results
 
 
 def val_tokens(config):
@@ -210,60 +194,50 @@ def val_tokens(config):
 
 
 def run_val(model, tokens, encoding, dtype):
-    """(results, one row a block) of val tokens (n,)."""
+    """Results on val tokens (n,)."""
     nats, counts = val_losses(model, tokens, dtype)
     draws = np.random.default_rng(0).integers(len(nats), size=(BOOTSTRAP, len(nats)))
     lengths = np.array([len(encoding.decode_single_token_bytes(i)) for i in range(encoding.n_vocab)])
     lengths[encoding.eot_token] = 0  # no text
     loss = nats.sum() / counts.sum()
-    results = dict(val_loss=loss, val_ppl=math.exp(loss), val_tokens=int(counts.sum()),
-                   val_bits_per_byte=nats.sum() / math.log(2) / lengths[tokens[1:]].sum(),
-                   val_loss_stderr_bootstrap=(nats[draws].sum(1) / counts[draws].sum(1)).std(ddof=1))
-    return results, [dict(id=i, nats=n, tokens=int(c)) for i, (n, c) in enumerate(zip(nats.tolist(), counts))]
+    return dict(val_loss=loss, val_ppl=math.exp(loss), val_tokens=int(counts.sum()),
+                val_bits_per_byte=nats.sum() / math.log(2) / lengths[tokens[1:]].sum(),
+                val_loss_stderr_bootstrap=(nats[draws].sum(1) / counts[draws].sum(1)).std(ddof=1))
 
 
 # ---- evaluating
-def evaluate(name, path, local, built, args, old=None, out=None):
+def evaluate(path, local, built, args, old={}):
     """All results of one checkpoint, as a dict: val_*, and a dict for each task; {part: {"not_available":
     why}} for what cannot be had. local: local_rows' answer. built: what earlier checkpoints made, to which
-    this adds. old: this run's earlier results, of which those parts stay whose checkpoint is the same and
-    whose rows, where any are given, are too. out: folder for one file a part, with one row a document."""
+    this adds. old: this run's earlier results; a part of them stays where checkpoint, dtype and lm-eval are
+    the same, and the rows, where any are given, are too."""
     model, config = load_checkpoint(path, args.device)
-    encoding, dtype = fitting_encoding(config), args.dtype or config["dtype"]
-    weights, old, kind = sha256_of(path), old or dict(done={}), (encoding.name, config["block_size"])
+    encoding, dtype = get_encoding(config["data"]["tokenizer"]), args.dtype or config["dtype"]
+    weights = sha256_of(path)
     run = dict(checkpoint=path.name, step=config["step"], tokens=config["tokens"], dtype=dtype, done={})
     for part in ("val", *TASKS):
         rows_of, splits = local.get(part, (None, None))
-        key, before = [weights, dtype, LM_EVAL, rows_of], old["done"].get(part, [])
-        file = out and out / f"{name}_{part}.jsonl"
-        if before[:3] == key[:3] and rows_of in (None, before[3]) and file and file.exists():
-            run |= {k: v for k, v in old.items() if k == part or k.startswith(f"{part}_")}
+        key, before = [weights, dtype, LM_EVAL, rows_of], old.get("done", {}).get(part)
+        if before and key in (before, [*before[:3], None]):
+            run |= {k: v for k, v in old.items() if k.startswith(part)}
             run["done"][part] = before
             continue
         try:
             if part == "val":
-                got, rows = run_val(model, val_tokens(config), encoding, dtype)
+                got = run_val(model, val_tokens(config), encoding, dtype)
             else:
-                built[part] = built.get(part) or build_task(part, splits)
-                lm = built[kind] = built.get(kind) or adapter(encoding, config["block_size"])
-                lm.model, lm.dtype, lm.desc = model, dtype, f"{name} {part}"
-                got, rows = run_task(part, built[part], lm)
-            lines = [json.dumps(row, allow_nan=False) + "\n" for row in (got, *rows)][1:]
+                if (part, encoding.name) not in built:
+                    task = build_task(part, splits)
+                    pairs = [encode_pair(encoding, *instance.args) for instance in task.instances]
+                    built[part, encoding.name] = task, pairs
+                got = run_task(part, *built[part, encoding.name], model, dtype, f"{path.parent.name} {part}")
+            json.dumps(got, allow_nan=False)  # ValueError for what is not finite
         except (OSError, ValueError, ArithmeticError) as e:
             run[part] = dict(not_available=" ".join(str(e).split()))
             continue
         run |= got if part == "val" else {part: got}
         run["done"][part] = key
-        if out:
-            out.mkdir(parents=True, exist_ok=True)
-            write_text(file, "".join(lines))
     return run
-
-
-def flat(run):
-    """{key: value} of a run's results; a task's keys begin with its name."""
-    return {f"{key}_{sub}" if sub else key: v for key, value in run.items()
-            for sub, v in (value.items() if isinstance(value, dict) else [("", value)])}
 
 
 def evaluate_study(study_dir, local, args):
@@ -279,32 +253,31 @@ def evaluate_study(study_dir, local, args):
     if not checkpoints:
         raise ValueError(f"{study_dir} holds no final checkpoint of a finished run: train first, as with "
                          f"bash sweep.sh {study_dir.name}")
-    try:
-        old = read_json(path, {}).get("runs", {})
-        runs = {name: run | dict(done=dict(run["done"])) for name, run in old.items() if name in checkpoints}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        print(f"{path} is damaged: evaluating anew")
-        runs = {}
-    protocol = dict({name: f"lm-eval's {task['yaml']}, {task['shots']}-shot" for name, task in TASKS.items()},
-                    fewshot_seed=FEWSHOT_SEED, lm_eval=LM_EVAL, torch=torch.__version__,
-                    device=str(args.device))
-    built = {}
+    old = read_json(path, {}).get("runs", {})
+    runs = {name: run for name, run in old.items() if name in checkpoints}
+    protocol = {name: f"lm-eval's {task['yaml']}, {task['shots']}-shot" for name, task in TASKS.items()}
+    protocol |= dict(fewshot_seed=FEWSHOT_SEED, lm_eval=LM_EVAL, torch=torch.__version__, device=str(args.device))
+    built, why_not = {}, {}
     for name, checkpoint in tqdm(checkpoints.items(), desc="checkpoints", disable=None):
         try:
             if checkpoint.exists() or name not in runs:  # results outlive a checkpoint deleted to save space
-                runs[name] = evaluate(name, checkpoint, local, built, args, runs.get(name),
-                                      study_dir / "eval")
-            found = flat(runs[name])
-            keys = "val_loss", "val_ppl", "hellaswag_acc_norm", "lambada_acc", "wikitext_word_ppl"
-            tqdm.write(f"{name:<24} " + "  ".join(f"{key} {found[key]:.5g}" for key in keys if key in found))
+                runs[name] = evaluate(checkpoint, local, built, args, runs.get(name, {}))
         except ValueError as e:  # a damaged file must not keep the others from being evaluated
             left_out[name] = str(e)
             damaged.append(e)
-        # each time, as a kill must not lose what is there
-        content = dict(protocol=protocol, runs=runs, left_out=left_out)
-        write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
-    for line in dict.fromkeys(f"{key.replace('_', ' ')}: {why}" for run in runs.values()
-                              for key, why in flat(run).items() if key.endswith("not_available")):
+            continue
+        finally:  # each time, as a kill must not lose what is there
+            content = dict(protocol=protocol, runs=runs, left_out=left_out)
+            write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
+        words = []
+        for part in ("val", *TASKS):
+            found = runs[name].get(part, runs[name])  # val's results stand in the run itself
+            if "not_available" in found:
+                why_not[f"{part} not available: {found['not_available']}"] = None
+            else:
+                words.append(f"{part} {SHOWN[part]} {found[SHOWN[part]]:.5g}")
+        tqdm.write(f"{name:<24} " + ", ".join(words))
+    for line in why_not:
         print(line)
     if damaged:
         raise ValueError(f"{len(damaged)} of {len(checkpoints)} runs could not be evaluated: {damaged[0]}")
@@ -313,7 +286,7 @@ def evaluate_study(study_dir, local, args):
 def sample(model, config, text, length=200, temperature=0.8, top_k=200, seed=1337):
     """`text` and a continuation of up to `length` tokens, which ends early where the model ends the
     document."""
-    encoding, device = fitting_encoding(config), model.wte.weight.device
+    encoding, device = get_encoding(config["data"]["tokenizer"]), model.wte.weight.device
     generator = torch.Generator().manual_seed(seed)
     ids, new = encoding.encode_ordinary(text) or [encoding.eot_token], []
     for _ in range(length):
@@ -346,10 +319,7 @@ def main():
     local = local_rows(args.rows) if args.rows else {}
     if args.study:
         return evaluate_study(args.study, local, args)
-    run = evaluate(args.ckpt.stem, args.ckpt, local, {}, args)
-    run.pop("done")
-    for key, value in flat(run).items():
-        print(f"{key + ':':<38}{value}")
+    print(json.dumps(evaluate(args.ckpt, local, {}, args), indent=1))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""How a checkpoint scores text: val loss, log-likelihoods of continuations, and lm-eval's view of it."""
+"""How a checkpoint scores text: val loss, and log-likelihoods of continuations as lm-eval's models give them."""
 import contextlib
 import functools
-import itertools
 
 import numpy as np
 import torch
@@ -12,8 +11,8 @@ from tqdm import tqdm
 
 from model import causal_attention
 
-PASS_TOKENS = {"cuda": 65_536, "cpu": 2048}  # of one pass: fills a GPU, stays near a CPU's cache
-HEAD_ROWS = 1024  # positions whose logits exist at once: 200 MB in float32 at 50,304 ids
+# of one pass: near a CPU's cache; on a GPU as many as have 3.3 GB of logits at 50,304 ids, as all can exist at once
+PASS_TOKENS = {"cuda": 16_384, "cpu": 2048}
 
 
 @contextlib.contextmanager
@@ -33,7 +32,7 @@ def val_losses(model, tokens, dtype):
     device, size = model.wte.weight.device, model.config.block_size
     starts = np.arange(0, len(tokens) - 1, size)
     nats, counts = np.zeros(len(starts)), np.minimum(size, len(tokens) - 1 - starts).astype(float)
-    batch = max(1, min(PASS_TOKENS[device.type], 16_384) // size)  # all their logits exist at once
+    batch = max(1, PASS_TOKENS[device.type] // size)
     for b in tqdm(range(0, len(starts), batch), desc="val", disable=None, leave=False):
         rows = [torch.from_numpy(tokens[s:s + size + 1].astype(np.int64)) for s in starts[b:b + batch]]
         x = pad_sequence([r[:-1] for r in rows], batch_first=True).to(device)
@@ -44,10 +43,24 @@ def val_losses(model, tokens, dtype):
     return nats, counts
 
 
+@functools.lru_cache(maxsize=4)  # the endings of an item repeat its long context
+def encode(encoding, text):
+    return encoding.encode_ordinary(text)
+
+
+def encode_pair(encoding, context, target):
+    """Token ids of a context and of the target behind it, as lm-eval's models have them: tokenised as one text,
+    blanks at the context's end counted to the target; an empty context is the end of a document."""
+    if not context:
+        return [encoding.eot_token], encode(encoding, target)
+    ids = encode(encoding, context.rstrip())
+    return ids, encode(encoding, context + target)[len(ids):]
+
+
 def widths(group):
     """Tokens of a group in the two parts of pack()'s pass."""
-    context, ((_, first), *others) = group
-    return len(context) + len(first) - 1, sum(len(target) - 1 for _, target in others)
+    context, targets = group
+    return len(context), sum(len(target) - 1 for _, target in targets)
 
 
 def share(pairs, block_size):
@@ -82,27 +95,23 @@ def batches(groups, limit):
 
 
 def pack(groups, device):
-    """One pass over groups: idx and pos (B, T), mask (B, 1, S, T) of the last S tokens, and flat rows (n,)
-    of the hidden states that predict the targets, in order. A context and its first target fill the first
-    T - S columns, padded on the right; the other targets follow, each with the positions right behind its
-    context. mask is None where no group has others: plain causal order does."""
+    """One pass over groups: idx and pos (B, C + S), mask (B, 1, S, C + S) of the last S tokens, and flat rows
+    (n,) of the hidden states that predict the targets, in order. A context fills the first C columns, padded on
+    the right; its targets follow one after the other, each with the positions right behind the context."""
     C, S = map(max, zip(*map(widths, groups)))
-    idx, owner = np.zeros((len(groups), C + S), dtype=np.int64), np.full((len(groups), S), -1)
-    pos, rows = np.tile(np.r_[:C, [0] * S].astype(np.int64), (len(groups), 1)), []
-    for b, (context, ((_, first), *others)) in enumerate(groups):
-        idx[b, :len(context) + len(first) - 1] = context + first[:-1]
+    S = max(1, S)  # so that there is always a mask
+    idx, pos, owner = (np.zeros((len(groups), n), dtype=np.int64) for n in (C + S, C + S, S))
+    pos[:, :C], rows = np.arange(C), []
+    for b, (context, targets) in enumerate(groups):
+        idx[b, :len(context)] = context
         start, at = b * (C + S), C
-        last = start + len(context) - 1  # the context's last token predicts each target's first
-        rows += range(last, last + len(first))
-        for j, (_, target) in enumerate(others):
-            end = at + len(target) - 1  # a target's own last token predicts nothing
-            rows += [last, *range(start + at, start + end)]
-            idx[b, at:end], pos[b, at:end] = target[:-1], np.arange(end - at) + len(context)
+        for j, (_, target) in enumerate(targets, 1):
+            end = at + len(target) - 1  # a target's own last token predicts nothing, the context's last its first
+            rows += [start + len(context) - 1, *range(start + at, start + end)]
+            idx[b, at:end], pos[b, at:end] = target[:-1], len(context) + np.arange(end - at)
             owner[b, at - C:end - C] = j
             at = end
     idx, pos, owner, rows = (torch.from_numpy(np.asarray(a)).to(device) for a in (idx, pos, owner, rows))
-    if S == 0:
-        return idx, pos, None, rows
     lengths = torch.tensor([[len(context)] for context, _ in groups], device=device)
     of_context = (torch.arange(C, device=device) < lengths)[:, None].expand(-1, S, -1)
     of_target = (owner[:, :, None] == owner[:, None, :]).tril()
@@ -111,12 +120,12 @@ def pack(groups, device):
 
 def packed_attention(mask):
     """An `attend` for the model's blocks: the last S of T queries look where mask (B, 1, S, T) is True, those
-    before them in causal order; without a mask all do."""
+    before them in causal order."""
     def attend(q, k, v):
         n = q.shape[-2] - mask.shape[-2]
         y = causal_attention(q[:, :, :n], k[:, :, :n], v[:, :, :n])
         return torch.cat((y, F.scaled_dot_product_attention(q[:, :, n:], k, v, attn_mask=mask)), dim=2)
-    return causal_attention if mask is None else attend
+    return attend
 
 
 def score(model, pairs, dtype, desc=None):
@@ -129,60 +138,16 @@ def score(model, pairs, dtype, desc=None):
     with inference(device, dtype), bar:
         for batch in batches(share(pairs, model.config.block_size), PASS_TOKENS[device.type]):
             idx, pos, mask, rows = pack(batch, device)
-            scored = [target for _, targets in batch for target in targets]
+            scored = [pair for _, targets in batch for pair in targets]
             wanted = torch.tensor([token for _, target in scored for token in target], device=device)
             x, cos, sin = model.wte(idx), model.cos[pos].unsqueeze(1), model.sin[pos].unsqueeze(1)
             for block in model.h:
                 x = block(x, cos, sin, packed_attention(mask))
-            states = model.norm(x).flatten(0, 1)[rows]
-            logps, greedy = [], []
-            for h, w in zip(states.split(HEAD_ROWS), wanted.split(HEAD_ROWS)):
-                logits = model.logits(h)
-                logps.append(logits.gather(-1, w[:, None])[:, 0] - logits.logsumexp(-1))
-                greedy.append(logits.argmax(-1) == w)
+            logits = model.logits(model.norm(x).flatten(0, 1)[rows])
+            logps = logits.gather(-1, wanted[:, None])[:, 0] - logits.logsumexp(-1)
             sizes = [len(target) for _, target in scored]
-            logps, greedy = torch.cat(logps).double().cpu().split(sizes), torch.cat(greedy).cpu().split(sizes)
+            logps, greedy = (t.cpu().split(sizes) for t in (logps.double(), logits.argmax(-1) == wanted))
             for (i, _), logp, same in zip(scored, logps, greedy):
                 results[i] = logp.sum().item(), bool(same.all())
             bar.update(len(scored))
     return results
-
-
-def adapter(encoding, block_size):
-    """lm-eval's view of a checkpoint: a TemplateLM whose `model`, `dtype` and `desc` are set from outside,
-    so that one, with all texts tokenised once, serves every checkpoint of a tokenizer. After a call `cut`
-    tells which requests lost context; the answer to one that cannot be scored is None."""
-    from lm_eval import utils  # here, because lm_eval takes seconds to import
-    from lm_eval.api.model import TemplateLM
-
-    class Adapter(TemplateLM):
-        eot_token_id = encoding.eot_token
-        max_length = block_size
-        model = dtype = desc = None
-
-        @functools.lru_cache(maxsize=4)  # the endings of an item repeat its long context
-        def tok_encode(self, string, add_special_tokens=None, **kwargs):
-            return encoding.encode_ordinary(string)
-
-        @functools.cache
-        def _encode_pair(self, context, continuation):
-            return super()._encode_pair(context, continuation)
-
-        def _loglikelihood_tokens(self, requests, **kwargs):
-            pairs = [(context, target) for _, context, target in requests]
-            self.cut = [len(context) + len(target) > block_size + 1 for context, target in pairs]
-            return score(self.model, pairs, self.dtype, self.desc)
-
-        def loglikelihood_rolling(self, requests, disable_tqdm=False):
-            rolling = functools.partial(utils.get_rolling_token_windows, prefix_token=self.prefix_token_id,
-                                        max_seq_len=block_size, context_len=1)
-            texts = [self.tok_encode(request.args[0]) for request in requests]
-            windows = [[*map(utils.make_disjoint_window, rolling(text))] for text in texts]
-            scores = iter(score(self.model, list(itertools.chain(*windows)), self.dtype, self.desc))
-            self.cut = [False] * len(requests)
-            return [sum(next(scores)[0] for _ in w) for w in windows]
-
-        def generate_until(self, requests, disable_tqdm=False):
-            raise NotImplementedError("the study's tasks only score given texts")
-
-    return Adapter()

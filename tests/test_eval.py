@@ -2,6 +2,7 @@
 and transformers, against wrong input. All rows are made here."""
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -168,21 +169,17 @@ def test_endings_of_an_item_share_one_pass():
     groups = scoring.share(pairs, 64)
     assert [len(targets) for _, targets in groups] == [2, 1, 1]
     idx, pos, mask, rows = scoring.pack(groups[:2], torch.device("cpu"))
-    assert idx.shape == (2, 33) and mask.shape == (2, 1, 1, 33) and len(rows) == 7
+    assert idx.shape == (2, 33) and mask.shape == (2, 1, 3, 33) and len(rows) == 7
     passed = sum(scoring.pack(b, torch.device("cpu"))[0].numel() for b in scoring.batches(
         scoring.share([(context, [i] * 5) for i in range(4)], 64), 2048))
     assert passed == 30 + 4 * 4
 
 
-def test_passes_are_full_and_cuts_are_counted(encoding):
+def test_passes_are_full():
     pairs = [(list(range(n)), [1, 2]) for n in range(5, 37)]
     passes = list(scoring.batches(scoring.share(pairs, 64), 100))
     assert sum(map(len, passes)) == 32 and all(len(b) * max(len(c) + 1 for c, _ in b) <= 100 for b in passes)
     assert len(passes) <= 1.5 * sum(n + 1 for n in range(5, 37)) / 100
-    lm = evaluate.adapter(encoding, 64)
-    lm.model, lm.dtype = tiny_model(False), "float32"
-    lm._loglikelihood_tokens([(None, [5] * n, [6, 7]) for n in (62, 63, 64)])
-    assert lm.cut == [False, False, True]  # a pass of 64 predicts a 65th token
 
 
 def test_what_no_pass_can_score_is_none():
@@ -217,16 +214,15 @@ def test_val_losses_predict_every_token_once(study, encoding, dtype, tolerance):
     assert counts.sum() == n == len(tokens) - 1 and counts[0] == 64
     assert np.abs(nats / counts - np.array(expected) / counts).max() < tolerance
     config = dict(data_dir=str(study.data), vocab_size=4160, eval_tokens=0, data=study.meta)
-    results, rows = evaluate.run_val(model, evaluate.val_tokens(config), encoding, dtype)
+    results = evaluate.run_val(model, evaluate.val_tokens(config), encoding, dtype)
     assert results["val_loss"] == pytest.approx(sum(expected) / n, abs=tolerance)
     assert results["val_ppl"] == pytest.approx(math.exp(results["val_loss"])) and results["val_tokens"] == n
     # meta.json counts the bytes of all text; the very first token is predicted by nothing
     text_bytes = study.meta["val_bytes"] - len(encoding.decode_single_token_bytes(tokens[0]))
     assert results["val_bits_per_byte"] == pytest.approx(nats.sum() / math.log(2) / text_bytes)
-    assert sum(row["nats"] for row in rows) == pytest.approx(nats.sum())
     spread = (nats / counts).std() / len(nats) ** 0.5
     assert spread / 1.5 < results["val_loss_stderr_bootstrap"] < spread * 1.5
-    part, _ = evaluate.run_val(model, evaluate.val_tokens(dict(config, eval_tokens=100)), encoding, dtype)
+    part = evaluate.run_val(model, evaluate.val_tokens(dict(config, eval_tokens=100)), encoding, dtype)
     assert part["val_tokens"] == 100 and part["val_loss"] != results["val_loss"]
 
 
@@ -312,8 +308,6 @@ def test_export_refuses_and_leaves_nothing_half(study, monkeypatch):
     (study.tmp / "there").mkdir()
     with pytest.raises(ValueError, match="there already"):
         export.export(study.ckpt, study.tmp / "there")
-    with pytest.raises(ValueError, match="tokenizer x is no part of GPT-2's BPE"):
-        export.tokenizer_json(types.SimpleNamespace(name="x", eot_token=100_257, n_vocab=100_277))
     monkeypatch.setattr(export, "save", lambda *args, **more: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         export.export(study.ckpt, study.tmp / "hf")
@@ -322,26 +316,28 @@ def test_export_refuses_and_leaves_nothing_half(study, monkeypatch):
 
 # ---- tasks, against lm-eval's stock hf model ----
 
+def pairs_of(task, encoding):
+    return [scoring.encode_pair(encoding, *instance.args) for instance in task.instances]
+
+
 @needs_hf
 @pytest.mark.parametrize("qk_norm, block_size", [(False, 64), (True, 640)])
-def test_adapter_equals_stock_hf_model(qk_norm, block_size, tmp_path, encoding, monkeypatch):
+def test_tasks_equal_stock_hf_model(qk_norm, block_size, tmp_path, encoding, monkeypatch):
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
     model, meta = tiny_model(qk_norm, block_size), dict(tokenizer="gpt2-4096")
     export.export(write_run(tmp_path / "run-seed1", model, meta, tmp_path), tmp_path / "hf")
     hf = HFLM(pretrained=str(tmp_path / "hf"), device="cpu", dtype="float32", batch_size=4)
-    ours = evaluate.adapter(encoding, block_size)
-    ours.model, ours.dtype = model, "float32"
     monkeypatch.setenv("DISABLE_MULTIPROC", "1")
     # seconds of looking at the machine
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
     rows = {"hellaswag": dict(train=hellaswag_rows(15, 1), validation=hellaswag_rows(20, 2)),
-            "lambada": dict(test=lambada_rows(40)),
-            "wikitext": dict(test=[dict(page=f" = A page = \n\n {r['text']} \n") for r in lambada_rows(12)])}
+            "lambada": dict(test=lambada_rows(40))}
     for name, splits in rows.items():
         task = evaluate.build_task(name, splits)
-        results, documents = evaluate.run_task(name, task, ours)
+        pairs = pairs_of(task, encoding)
+        results = evaluate.run_task(name, task, pairs, model, "float32", name)
         # a built task belongs to its prompts: the stock model gets one of its own, as lm-eval's
         # command line would build it
         theirs = lm_eval.simple_evaluate(hf, tasks=[evaluate.build_task(name, splits)], bootstrap_iters=200,
@@ -351,26 +347,17 @@ def test_adapter_equals_stock_hf_model(qk_norm, block_size, tmp_path, encoding, 
         samples = theirs["samples"][stock_name]
         assert [s["arguments"] for s in samples] == [
             [i.args for i in task.instances if i.doc_id == s["doc_id"]] for s in samples]
-        for document, sample in zip(documents, samples, strict=True):
-            lls = [r if name == "wikitext" else r[0] for r in sample["filtered_resps"]]
-            mine = document["log_likelihoods"] if name == "hellaswag" else [document["log_likelihood"]]
-            assert document["id"] == sample["doc_id"] and np.abs(np.subtract(lls, mine)).max() < 1e-3
-            assert all(document[key] == sample[key] for key in ("acc", "acc_norm") if key in document)
-        scored = [] if name == "wikitext" else [r for s in samples for r in s["filtered_resps"]]
-        if scored:
-            assert [g for _, g in scored] == [
-                g for _, g in ours.loglikelihood(task.instances, disable_tqdm=True)]
+        scored = [r for s in samples for r in s["filtered_resps"]]
+        mine = scoring.score(model, pairs, "float32")
+        assert np.abs(np.subtract([ll for ll, _ in scored], [ll for ll, _ in mine])).max() < 1e-3
+        assert [g for _, g in scored] == [g for _, g in mine]
         for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr"):
             assert results.get(key) == stock.get(key)
-        for key, stock_key in (("ppl", "perplexity"), ("word_ppl", "word_perplexity"),
-                               ("bits_per_byte", "bits_per_byte")):
-            assert results.get(key) == (
-                pytest.approx(stock[stock_key], rel=1e-4) if stock_key in stock else None)
-        too_long = [any(len(hf.tok_encode(c + t)) > block_size + 1 for c, t in s["arguments"])
-                    for s in samples] if scored else [False]
-        assert results["cut"] == sum(too_long) and results["n"] == len(documents)
-        assert block_size == 640 or not scored or results["cut"] > 0
-        assert block_size == 64 or name != "hellaswag" or results["cut"] < len(documents)
+        assert results.get("ppl") == (pytest.approx(stock["perplexity"], rel=1e-4) if name == "lambada" else None)
+        too_long = [any(len(hf.tok_encode(c + t)) > block_size + 1 for c, t in s["arguments"]) for s in samples]
+        assert results["cut"] == sum(too_long) and results["n"] == len(samples)
+        assert block_size == 640 or results["cut"] > 0
+        assert block_size == 64 or name != "hellaswag" or results["cut"] < len(samples)
 
 
 def test_prompts_are_the_stock_protocol():
@@ -388,28 +375,38 @@ def test_prompts_are_the_stock_protocol():
     assert [i.args[0] + i.args[1] for i in lambada.instances] == [r["text"] for r in lambada_rows(5)]
 
 
-def test_continuous_results(encoding):
-    task = evaluate.build_task(
-        "hellaswag", dict(train=hellaswag_rows(12, 1), validation=hellaswag_rows(5, 2)))
-    answers = iter([(-float(i), False) for i in range(1, 21)])
-    lm = types.SimpleNamespace(loglikelihood=lambda instances: [next(answers) for _ in instances],
-                               cut=[True] + [False] * 19)
-    results, rows = evaluate.run_task("hellaswag", task, lm)
-    assert results["n"] == 5 and results["cut"] == 1 and rows[0]["cut"] and not rows[1]["cut"]
-    for i, (row, doc) in enumerate(zip(rows, task.eval_docs)):
-        # the first ending has the largest likelihood
-        assert row["gold"] == doc["gold"] and row["acc"] == (doc["gold"] == 0)
-        assert row["gold_nats_per_byte"] == pytest.approx(
-            (4 * i + doc["gold"] + 1) / len(doc["choices"][doc["gold"]].encode()))
-    lambada = evaluate.build_task("lambada", dict(test=lambada_rows(50)))
+def test_continuous_results_and_cuts(monkeypatch):
+    def results_of(name, scores, splits, contexts=itertools.repeat(1)):
+        monkeypatch.setattr(evaluate, "score", lambda *args: scores)
+        task = evaluate.build_task(name, splits)
+        pairs = [([5] * n, [6, 7]) for n, _ in zip(contexts, scores)]
+        return evaluate.run_task(name, task, pairs, tiny_model(False), "float32", ""), task
+    results, task = results_of("hellaswag", [(-float(i), False) for i in range(1, 21)], dict(
+        train=hellaswag_rows(12, 1), validation=hellaswag_rows(5, 2)))
+    docs = list(task.eval_docs)
+    assert results["n"] == 5 and results["cut"] == 0
+    assert results["acc"] == np.mean([doc["gold"] == 0 for doc in docs])  # the largest likelihood
+    assert results["gold_nats_per_byte"] == pytest.approx(np.mean(
+        [(4 * i + doc["gold"] + 1) / len(doc["choices"][doc["gold"]].encode()) for i, doc in enumerate(docs)]))
     nats = np.random.default_rng(0).normal(4, 0.5, 50).tolist()
-    lm = types.SimpleNamespace(
-        loglikelihood=lambda instances: [(-n, i < 20) for i, n in enumerate(nats)], cut=[False] * 50)
-    results, _ = evaluate.run_task("lambada", lambada, lm)
+    results, _ = results_of("lambada", [(-n, i < 20) for i, n in enumerate(nats)], dict(test=lambada_rows(50)))
     boot = np.exp(np.random.default_rng(1).choice(nats, (4000, 50)).mean(1)).std()
     assert results["acc"] == 0.4 and results["ppl"] == pytest.approx(math.exp(np.mean(nats)))
     assert results["ppl_stderr"] == pytest.approx(boot, rel=0.1) \
         and results["target_nats"] == pytest.approx(np.mean(nats))
+    results, _ = results_of("lambada", [(-1.0, True)] * 3, dict(test=lambada_rows(3)), (62, 63, 64))
+    assert results["cut"] == 1  # a pass of 64 predicts a 65th token
+
+
+def test_pairs_are_those_of_stock_models(encoding):
+    """Blanks at the end of a context, none at all, half a word."""
+    from lm_eval.api.model import TemplateLM
+    stock = types.SimpleNamespace(tok_encode=lambda text, **_: encoding.encode_ordinary(text), backend="causal")
+    for context in ("the sea", "the sea ", "the  \n ", "  ", " ", "caf"):
+        for target in (" wind", "é", "  went on", ""):
+            assert scoring.encode_pair(encoding, context, target) \
+                == tuple(TemplateLM._encode_pair(stock, context, target))
+    assert scoring.encode_pair(encoding, "", "sea") == ([EOT], encoding.encode_ordinary("sea"))
 
 
 # ---- the command ----
@@ -424,9 +421,8 @@ def test_a_study_from_the_command_line_without_a_network(study):
         cwd=study.tmp, capture_output=True, text=True, timeout=60)  # retries would take longer
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    for task in ("hellaswag", "wikitext"):
-        assert sum(line.startswith(f"{task} not available: ")
-                   and "cannot be reached (" in line for line in lines) == 1
+    assert sum(line.startswith("hellaswag not available: ")
+               and "cannot be reached (" in line for line in lines) == 1
     assert "muon_qk-seed42 is left out: diverged" in lines and "muon-seed137 is left out: unfinished" in lines
     results = json.loads((study.dir / "results.json").read_text())
     assert set(results["runs"]) == {"muon-seed42", "muon_qk-seed137"} \
@@ -434,17 +430,12 @@ def test_a_study_from_the_command_line_without_a_network(study):
     for run in results["runs"].values():
         assert run["checkpoint"] == "ckpt_step_7.pt" and run["step"] == 7 \
             and run["val_tokens"] == len(study.tokens) - 1
-        assert list(run["hellaswag"]) == ["not_available"] == list(run["wikitext"])
+        assert list(run["hellaswag"]) == ["not_available"]
         assert run["lambada"]["n"] == 20 and 0 <= run["lambada"]["acc"] <= 1
-    documents = [json.loads(line)
-                 for line in (study.dir / "eval" / "muon-seed42_lambada.jsonl").read_text().splitlines()]
-    assert [d["id"] for d in documents] == list(range(20))
-    assert np.mean([d["acc"] for d in documents]) == results["runs"]["muon-seed42"]["lambada"]["acc"]
 
 
 def test_evaluating_again(study, monkeypatch):
     rows = write_rows(study.tmp / "rows", lambada_openai=lambada_rows(10),
-                      wikitext_test=[dict(page="a page \n of text")],
                       hellaswag_train=hellaswag_rows(12, 1), hellaswag_validation=hellaswag_rows(5, 2))
     scored = []
     run_task, run_val = evaluate.run_task, evaluate.run_val
@@ -459,25 +450,26 @@ def test_evaluating_again(study, monkeypatch):
         return json.loads(path.read_text())["runs"]
 
     first = go()
-    documents = {p.name: p.read_text() for p in (study.dir / "eval").iterdir()}
-    assert sorted(scored) == sorted(["val", "hellaswag", "lambada", "wikitext"] * 2) and len(documents) == 8
+    assert sorted(scored) == sorted(["val", "hellaswag", "lambada"] * 2)
     assert go() == first and not scored  # nothing is repeated
     path.unlink()
     random.seed(99), np.random.seed(99), torch.manual_seed(99)
-    assert go() == first and len(scored) == 8  # to the last bit, whatever the global generators hold
-    assert {p.name: p.read_text() for p in (study.dir / "eval").iterdir()} == documents
-    (study.dir / "eval" / "muon-seed42_val.jsonl").unlink()
-    assert go() == first and scored == ["val"]
+    assert go() == first and len(scored) == 6  # to the last bit, whatever the global generators hold
     write_rows(rows, lambada_openai=lambada_rows(11))
     assert go()["muon-seed42"]["lambada"]["n"] == 11 and scored == ["lambada"] * 2
     state = torch.load(study.ckpt, weights_only=True)
     state["model"]["wte.weight"] *= 1.1
     torch.save(state, study.ckpt)
-    # one run's four parts
-    assert go()["muon-seed42"]["val_loss"] != first["muon-seed42"]["val_loss"] and len(scored) == 4
+    # one run's three parts
+    assert go()["muon-seed42"]["val_loss"] != first["muon-seed42"]["val_loss"] and len(scored) == 3
     before = path.read_text()
+    # from when there was a third task
+    path.write_text(before.replace('"lambada": {', '"wikitext": {"word_ppl": 9.0}, "lambada": {', 1))
+    assert go() == json.loads(before)["runs"] and not scored
     path.write_text(before[:100])
-    assert go() == json.loads(before)["runs"]  # damaged: evaluated anew
+    with pytest.raises(ValueError, match="results.json is no JSON .*: restore it or delete it"):
+        go()
+    path.write_text(before)
     monkeypatch.setattr(evaluate, "build_task", lambda *args: (_ for _ in ()).throw(OSError("no network")))
     (rows / "lambada_openai.jsonl").unlink()
     # local rows' results outlive a start without them
@@ -549,22 +541,12 @@ def test_without_its_data_all_else_is_evaluated(harm, says, study, offline, monk
         assert says in run["val"]["not_available"] and "val" not in run["done"] and "val_loss" not in run
         assert run["lambada"] == before[name]["lambada"]
     call(monkeypatch, "--ckpt", study.ckpt, "--rows", rows, "--device=cpu")
-    assert "val_not_available:" in capsys.readouterr().out
+    assert says in json.loads(capsys.readouterr().out)["val"]["not_available"]
     call(monkeypatch, "--ckpt", study.ckpt, "--sample", "a", "--device=cpu")
 
 
 def strict(path):
     return json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-
-
-@pytest.mark.parametrize("content", [
-    "", "[]", '{"runs": 3}', '{"runs": {"muon-seed42": 3}}', '{"runs": {"muon-seed42": {"done": 3}}}'])
-def test_damaged_results_are_made_anew(content, study, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "TASKS", {})
-    (study.dir / "results.json").write_text(content)
-    call(monkeypatch, study.dir, "--device=cpu")
-    assert "results.json is damaged: evaluating anew" in capsys.readouterr().out
-    assert set(strict(study.dir / "results.json")["runs"]) == {"muon-seed42", "muon_qk-seed137"}
 
 
 @pytest.mark.parametrize("weight, factor", [
@@ -575,14 +557,11 @@ def test_numbers_that_overflow_never_reach_a_file(weight, factor, study, monkeyp
     state["model"][weight] *= factor
     torch.save(state, study.ckpt)
     rows = write_rows(study.tmp / "rows", lambada_openai=lambada_rows(3),
-                      wikitext_test=[dict(page="a page \n of text")],
                       hellaswag_train=hellaswag_rows(12, 1), hellaswag_validation=hellaswag_rows(5, 2))
     call(monkeypatch, study.dir, "--rows", rows, "--device=cpu")
     runs = strict(study.dir / "results.json")["runs"]
     assert "not_available" in runs["muon-seed42"]["val"] and "val not available" in capsys.readouterr().out
     assert runs["muon_qk-seed137"]["val_loss"] > 0 and runs["muon_qk-seed137"]["hellaswag"]["n"] == 5
-    for path in (study.dir / "eval").iterdir():
-        assert not {"NaN", "Infinity"} & {*path.read_text().replace(",", " ").split()}
 
 
 def test_a_damaged_checkpoint_is_named_and_all_others_are_evaluated(study, monkeypatch):
@@ -619,7 +598,7 @@ def test_devices_that_are_not_there(device, study, monkeypatch):
     for args in ([study.dir], ["--ckpt", study.ckpt], ["--ckpt", study.ckpt, "--sample", "a"]):
         with pytest.raises(ValueError, match=f"^device '?{device}"):
             call(monkeypatch, *args, f"--device={device}")
-    assert not (study.dir / "results.json").exists() and not (study.dir / "eval").exists()
+    assert not (study.dir / "results.json").exists()
 
 
 def test_float32_is_not_tf32(study, monkeypatch):
@@ -633,15 +612,14 @@ def test_float32_is_not_tf32(study, monkeypatch):
         torch.set_float32_matmul_precision(before)
 
 
-def test_one_checkpoint_prints_key_value_lines(study, offline, monkeypatch, capsys):
+def test_one_checkpoint_is_printed(study, offline, monkeypatch, capsys):
     rows = write_rows(study.tmp / "rows", lambada_openai=lambada_rows(5))
     call(monkeypatch, "--ckpt", study.ckpt, "--rows", rows, "--device=cpu")
-    printed = dict(line.split(":", 1) for line in capsys.readouterr().out.splitlines())
+    printed = json.loads(capsys.readouterr().out)
     nats, counts = scoring.val_losses(tiny_model(False), study.tokens, "float32")
-    assert float(printed["val_loss"]) == pytest.approx(nats.sum() / counts.sum()) \
-        and int(printed["lambada_n"]) == 5
-    assert printed["hellaswag_not_available"].strip() == "x cannot be reached" and "done" not in printed
-    assert not (study.ckpt.parent / "eval").exists()
+    assert printed["val_loss"] == pytest.approx(nats.sum() / counts.sum()) and printed["lambada"]["n"] == 5
+    assert printed["hellaswag"] == dict(not_available="x cannot be reached")
+    assert not (study.dir / "results.json").exists()
 
 
 def test_sample_continues_a_text(study, monkeypatch, capsys):
@@ -668,7 +646,6 @@ GOOD = hellaswag_rows(1, 0)[0]
     *(("lambada_openai", line) for line in (
         "", "{'text'", "[1]", '{"txt": "a b"}', '{"text": 3}', '{"text": " "}', "[" * 10_000,
         '{"text": "half a pair \\ud800"}', '{"text": "no UTF-8 \udcff"}')),
-    ("wikitext_test", '{"text": "a"}'),
     *(("hellaswag_validation", json.dumps({**GOOD, **wrong})) for wrong in (
         dict(endings="abcd"), dict(endings=["a", 2]), dict(endings=["a", ""]), dict(endings=None),
         dict(ctx_a=3), dict(label=""), dict(label=4), dict(label="9" * 5000), dict(label=math.nan),
@@ -676,7 +653,7 @@ GOOD = hellaswag_rows(1, 0)[0]
     ("hellaswag_validation", json.dumps(dict(GOOD, label=7)).replace("7", "7" * 5000)),
 ])
 def test_wrong_rows_name_file_and_line(file, line, tmp_path):
-    good = dict(lambada_openai=lambada_rows(1), wikitext_test=[dict(page="a b")],
+    good = dict(lambada_openai=lambada_rows(1),
                 hellaswag_train=hellaswag_rows(10, 1), hellaswag_validation=[GOOD])
     rows = write_rows(tmp_path, **good)
     assert set(evaluate.local_rows(rows)) == set(evaluate.TASKS)
@@ -696,10 +673,10 @@ def test_a_byte_order_mark_and_line_separators_inside_a_text(tmp_path):
 
 def test_wrong_row_folders(tmp_path):
     for files, expected in (
-            (dict(), "holds no rows"), (dict(lambada_openai=[]), "lambada_openai.jsonl, line 1"),
+            (dict(), "holds no rows"), (dict(lambada_openai=[]), "lambada_openai.jsonl has 0 rows: give at least 1"),
             (dict(hellaswag_validation=[GOOD]), "hellaswag_train.jsonl is missing"),
             (dict(hellaswag_validation=[GOOD], hellaswag_train=hellaswag_rows(9, 1)),
-             "fewer rows than the 10 shots: give")):
+             "hellaswag_train.jsonl has 9 rows: give at least 10")):
         folder = write_rows(tmp_path / str(len(expected)), **files)
         with pytest.raises(ValueError, match=expected):
             evaluate.local_rows(folder)
@@ -721,13 +698,6 @@ def test_wrong_checkpoints_and_folders(study, monkeypatch):
                 tool(path)
     with pytest.raises(ValueError, match="none.pt is no whole checkpoint.*FileNotFoundError"):
         evaluate.load_checkpoint(study.tmp / "none.pt")
-    torch.save(dict(state, config=dict(state["config"], data=dict(tokenizer="gpt2"))), other)
-    for tool in (lambda: call(monkeypatch, "--ckpt", other, "--sample", "a"),
-                 lambda: export.export(other, study.tmp / "hf"),
-                 lambda: call(monkeypatch, "--ckpt", other)):
-        with pytest.raises(ValueError, match="tokenizer gpt2 has 50,257 ids and does not fit the "
-                                             "checkpoint's vocab_size 4,160"):
-            tool()
     (study.tmp / "empty").mkdir()
     for args, expected in (
             ([study.tmp / "none"], "holds no final checkpoint"),

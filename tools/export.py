@@ -14,27 +14,21 @@ from safetensors.torch import save
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configurator import fail  # noqa: E402
-from evaluate import fitting_encoding, load_checkpoint  # noqa: E402
+from evaluate import get_encoding, load_checkpoint  # noqa: E402
 from model import NORM_EPS, ROPE_THETA  # noqa: E402
 from tokens import bpe_folder, cache_name  # noqa: E402
 
 EOT = "<|endoftext|>"
-NAMES = {  # ours to theirs, inside a block; q_norm and k_norm are Qwen3's own names
-    "norm1": "input_layernorm", "norm2": "post_attention_layernorm", "attn": "self_attn", "mlp": "mlp"}
+NAMES = {  # ours to theirs; q_norm and k_norm are Qwen3's own names
+    "wte": "embed_tokens", "h": "layers", "norm1": "input_layernorm", "norm2": "post_attention_layernorm",
+    "attn": "self_attn"}
 
 
 def hf_weights(model):
     """Our weights under Hugging Face's names. The head is the embedding (tie_word_embeddings), so it is not
     stored."""
-    weights = {}
-    for name, weight in model.state_dict().items():
-        if name.startswith("h."):
-            _, layer, part, rest = name.split(".", 3)
-            name = f"layers.{layer}.{NAMES[part]}.{rest}"
-        else:
-            name = {"wte.weight": "embed_tokens.weight", "norm.weight": "norm.weight"}[name]
-        weights[f"model.{name}"] = weight.clone().contiguous()
-    return weights
+    rename = lambda name: ".".join(NAMES.get(part, part) for part in name.split("."))
+    return {f"model.{rename(name)}": weight.contiguous() for name, weight in model.state_dict().items()}
 
 
 def hf_config(config, eot):
@@ -62,8 +56,6 @@ def tokenizer_json(encoding):
     read = lambda file: (bpe_folder() / cache_name(file)).read_text(encoding="utf-8")
     vocab = {text: i for text, i in json.loads(read("encoder.json")).items() if i < encoding.eot_token}
     merges = read("vocab.bpe").split("\n")[1:encoding.eot_token - 256 + 1]  # one for each id but the 256 bytes
-    if len(vocab) != encoding.eot_token or encoding.n_vocab != len(vocab) + 1:
-        raise ValueError(f"tokenizer {encoding.name} is no part of GPT-2's BPE: write its own tokenizer_json()")
     byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
     special = dict(id=encoding.eot_token, content=EOT, single_word=False, lstrip=False, rstrip=False,
                    normalized=False, special=True)
@@ -80,7 +72,7 @@ def export(checkpoint, folder):
     if folder.exists():
         raise ValueError(f"{folder} is there already: give another name or delete it")
     model, config = load_checkpoint(checkpoint)
-    encoding = fitting_encoding(config)
+    encoding = get_encoding(config["data"]["tokenizer"])
     files = {
         "config.json": hf_config(config, encoding.eot_token),
         "generation_config.json": {f"{kind}_token_id": encoding.eot_token for kind in ("bos", "eos", "pad")},
