@@ -49,12 +49,6 @@ def amount(tokens):
     return f"{tokens / 1e6:.3g}M" if tokens >= 1e5 else f"{tokens / 1e3:.3g}k" if tokens else "0"
 
 
-def short(lr):
-    """0.0012 -> '1.2e-3'."""
-    mantissa, exponent = f"{lr:.2e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
-
-
 # ---- what the logs hold
 def by(key, runs):
     """{value of a config key: its runs}: arms in the order of study.py, learning rates ascending."""
@@ -131,10 +125,10 @@ def seeds_text(group):
     return f" ({len(group)} seed{'s' * (len(group) > 1)}{f'; X: {lost} diverged' * bool(lost)})"
 
 
-def legend(fig, studies, title, text=seeds_text, more=()):
-    """One legend under the whole figure, which grows with its rows: each arm with text(its runs), and more."""
+def legend(fig, studies, title, text=seeds_text):
+    """One legend under the whole figure, which grows with its rows: each arm with text(its runs)."""
     handles = [Line2D([], [], linewidth=2, label=label + text(group), **look)
-               for label, group, look in arms(*studies)] + [*more]
+               for label, group, look in arms(*studies)]
     for ncols in 2, 1:
         box = fig.legend(handles=handles, loc="outside lower center", ncols=ncols, title=title)
         if ncols == 1 or box.get_window_extent().width < 0.98 * fig.bbox.width:
@@ -258,7 +252,6 @@ def pr_heatmap(main, last):
     ax.tick_params(length=0, top=True, labeltop=True, labelbottom=False)
     ax.set(ylabel="layer")
     ax.grid(False)
-    ax.spines[:].set_visible(False)
     init = np.mean([series(r, "mean_pr")[1][0] for r in main])
     bar = fig.colorbar(image, label=f"PR1 of keys after RoPE, of {top}\nmean over seeds; line: {init:.0f} at init")
     bar.ax.axhline(init, color="black", linewidth=1.5)
@@ -290,8 +283,7 @@ def spectra(main, last):
         return None
     ax.set_ylim(max(ax.get_ylim()[0], 1e-6), 1.2)
     fig.suptitle(f"Singular values of the keys at {amount(last)} tokens")
-    legend(fig, [main], "mean over heads and seeds; shading: min to max of the seeds; init dashed: with QK-Norm",
-           more=[Line2D([], [], color=GREY, linewidth=2, label="init (step 0)")])
+    legend(fig, [main], "means over heads and seeds; shading: min to max; grey: at init, dashed with QK-Norm")
     return fig
 
 
@@ -324,11 +316,11 @@ def lr_sweep(sweep, picks):
         ax = fig.add_subplot(n_rows, 2, i, sharey=ax)
         pick, lrs, notes = picks.get(group[0]["config"]["arm"]), [*by("learning_rate", group)], ["none chosen yet"]
         if pick:
-            notes = [f"lr {short(pick['lr'])}", f"\nloss {pick['val_loss']:.3f}"]
-            notes += ["not bracketed"] * (not pick["bracketed"]) + [f"tie with {short(lr)}" for lr in pick["tie"]]
+            notes = [f"lr {pick['lr']:g}", f"\nloss {pick['val_loss']:.3f}"]
+            notes += ["not bracketed"] * (not pick["bracketed"]) + [f"tie with {lr:g}" for lr in pick["tie"]]
         against_rate(ax, group, look, "val_loss", pick)
         ax.set_title(f"{label}: " + ", ".join(notes))
-        ax.set_xticks(lrs, map(short, lrs), rotation=45 if len(lrs) > 6 else 0)
+        ax.set_xticks(lrs, [f"{lr:g}" for lr in lrs], rotation=30)
         ax.minorticks_off()
         ax.margins(0.1, 0.12)
     fig.supylabel(f"{LOSS} at {amount(sweep[0]['config']['max_tokens'])} tokens")
@@ -402,8 +394,7 @@ def run_page(run):
     three_layers(lower, c["n_layer"], [(dict(color=DEPTH(0.9 * row["tokens"] / end)), [(run, row)]) for row in kept])
     lower.supxlabel("training: dark to light")
     fig.suptitle(f"{run['dir'].resolve().name}: {run['status']} at {amount(rows[-1]['tokens'])} of "
-                 f"{amount(c['max_tokens'])} tokens\npeak learning rate {short(c['learning_rate'])}, "
-                 f"seed {c['seed']}")
+                 f"{amount(c['max_tokens'])} tokens\npeak learning rate {c['learning_rate']:g}, seed {c['seed']}")
     return fig
 
 
@@ -446,8 +437,7 @@ def main(args):
         fail(e)
     for r in itertools.chain(*itertools.chain(*studies)):
         if r["status"] != "finished":
-            at = r["rows"][-1]["tokens"] if r["rows"] else 0
-            print(f"{r['status']}: {r['dir']}, at {at:,} of {r['config']['max_tokens']:,} tokens")
+            print(f"{r['status']}: {r['dir']}")
 
     mains = [[r for r in main if series(r, "val_loss").size and series(r, "mean_pr").size] for main, *_ in studies]
     if len(folders) == 2:

@@ -115,7 +115,7 @@ def test_half_done_study_draws_what_there_is_and_names_what_has_not_finished(tmp
     d = synthetic.make_study(tmp_path, diverged=["adamw-seed137", lost], unfinished=["muon", running],
                              absent=["muon_qk", "adamw_qk-seed137", absent])
     lines = run_plot(d, capsys)
-    named = {status: {line.split(": ")[1].split(",")[0] for line in lines if line.startswith(status)}
+    named = {status: {line.split(": ")[1] for line in lines if line.startswith(status)}
              for status in ("unfinished", "diverged", "missing")}
     assert named == dict(unfinished={str(d / name) for name in ("muon-seed42", "muon-seed137", f"sweep/{running}")},
                          diverged={str(d / name) for name in ("adamw-seed137", f"sweep/{lost}")}, missing=set())
@@ -264,11 +264,6 @@ def test_amount(tokens, text):
     assert plot.amount(tokens) == text
 
 
-@pytest.mark.parametrize("lr, text", [(1e-4, "1e-4"), (1.2e-3, "1.2e-3"), (0.064, "6.4e-2"), (1.0, "1e0")])
-def test_short(lr, text):
-    assert plot.short(lr) == text
-
-
 def test_sweep_shows_each_seed_their_mean_and_the_ties():
     lost = "adamw-lr0.002-seed3"
     _, sweep, picks = synthetic.study(sweep_seeds=(1, 2, 3), noise=dict(loss=0.1), diverged=[lost])
@@ -281,7 +276,7 @@ def test_sweep_shows_each_seed_their_mean_and_the_ties():
         assert np.allclose(line.get_xydata(), [*whole.items()]) and len(whole) == 5 - (arm == "adamw")
         [dots] = lines_in_marker(ax, ".")
         assert sorted(map(tuple, dots.get_xydata())) == sorted(x for x in mine if math.isfinite(x[1]))
-        assert words(ax.get_title()).split(", ")[2:] == [f"tie with {plot.short(lr)}" for lr in picks[arm]["tie"]]
+        assert words(ax.get_title()).split(", ")[2:] == [f"tie with {lr:g}" for lr in picks[arm]["tie"]]
         assert [line.get_xdata()[0] for line in lines_in_marker(ax, "X")] == [0.002] * (arm == "adamw")
 
 
