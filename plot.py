@@ -65,15 +65,10 @@ def finished(runs):
     return [r for r in runs if r["status"] == "finished"]
 
 
-def value(row, key):
-    """A log row's value under key, or the mean of key_layer_0, _1, ...; nan where it has neither."""
-    return float(np.mean(np.array(layer_values(row, key) or [row.get(key)], dtype=float)))  # None becomes nan
-
-
 def series(run, key):
-    """Tokens and values, each (n,), of the rows of a run that have a finite value() under key."""
-    pairs = [(r["tokens"], y) for r in run["rows"] if math.isfinite(y := value(r, key))]
-    return np.array(pairs, dtype=float).reshape(-1, 2).T
+    """Tokens and values, each (n,), of the rows of a run that have a finite value under key."""
+    pairs = np.array([(r["tokens"], r.get(key)) for r in run["rows"]], dtype=float).reshape(-1, 2)  # None: nan
+    return pairs[np.isfinite(pairs[:, 1])].T
 
 
 def checkpoints(run):
@@ -140,7 +135,7 @@ def legend(fig, studies, title, text=seeds_text):
 def curve_legend(fig, studies, names, key, digits):
     """The legend of a figure of curves, with each arm's mean at the end of its budget."""
     def text(group):
-        ends = [value(r["rows"][-1], key) for r in finished(group)]
+        ends = [r["rows"][-1][key] for r in finished(group)]
         return (f": {np.mean(ends):.{digits}f}" if ends else "") + seeds_text(group)
 
     lines = "solid: {}\ndashed: {}\nlines".format(*names) if names else "thin: each seed; thick"
@@ -290,7 +285,7 @@ def spectra(main, last):
 def against_rate(ax, group, look, key, pick):
     """An arm's runs at the end of their budget against learning rate: a dot each, a line through the means of
     the rates where none diverged, a star on the chosen one, an X on the upper edge where one diverged."""
-    end = lambda run: value(run["rows"][-1], key)
+    end = lambda run: run["rows"][-1][key]
     rates = by("learning_rate", group)
     means = {lr: np.mean([end(r) for r in runs]) for lr, runs in rates.items() if runs == finished(runs)}
     ax.set(xscale="log")
@@ -356,22 +351,15 @@ def rates(sweep, neighbours, main, picks):
 
 
 # ---- one run
-PANELS = {  # title: the keys that it shows, each as it is or as the mean over layers
-    "loss (nats a token)": ["train_loss", "val_loss"],
-    "participation ratio, mean over layers": ["mean_pr", "pr_centered", "pr_pre_rope", "pr_weight"],
-    "gradient norm before clipping (log scale)": ["grad_norm"], "learning rate": ["lr"],
-    "training tokens a second": ["tokens_per_s"]}
-
-
 def run_page(run):
-    """All that a run has logged, under the log's names: PANELS, whatever else has one value a row, what has
-    one a layer, and spectra."""
-    c, rows, panels = run["config"], run["rows"], dict(PANELS)
+    """All that a run has logged, a panel a key, in the log's words; and its spectra."""
+    c, rows = run["config"], run["rows"]
+    panels = {"train_loss (dark), val_loss (light)": ["train_loss", "val_loss"]}
     for key in itertools.chain(*rows):
         name, layered, _ = key.partition("_layer_")
         if layered:
             panels[f"{name}, by layer"] = [f"{name}_layer_{i}" for i in range(c["n_layer"])]
-        elif key not in {"step", "tokens", *itertools.chain(*PANELS.values())}:
+        elif key not in ("step", "tokens", "train_loss", "val_loss"):
             panels[key] = [key]
     n_rows, end = math.ceil(len(panels) / 2), rows[-1]["tokens"] or c["batch_tokens"]
     fig = Figure((WIDTH, 1.8 * n_rows + 3))
@@ -379,20 +367,17 @@ def run_page(run):
     for i, (title, keys) in enumerate(panels.items(), 1):
         ax = upper.add_subplot(n_rows, 2, i, title=title)
         for key, color in zip(keys, DEPTH(np.linspace(0, 0.9, len(keys)))):
-            ax.plot(*series(run, key), "." * (len(rows) < 20) + "-", color=color, linewidth=1.4, label=key)
-        if 1 < len(keys) <= 4:
-            ax.set_ylim(top=1.3 * ax.get_ylim()[1])  # room for the legend
-            ax.legend(fontsize=8, handlelength=1.2, ncols=2, columnspacing=1, loc="upper right")
+            ax.plot(*series(run, key), "." * (len(rows) < 20) + "-", color=color, linewidth=1.4)
         if "loss" in title:  # beyond this a run has exploded
             ax.set_ylim(top=min(ax.get_ylim()[1], 2 * math.log(c["vocab_size"])))
-        if "log scale" in title:
+        if title == "grad_norm":
             ax.set_yscale("log")
         tokens_axis(ax, 0, end)
-    upper.supxlabel("training tokens; layers: dark to light")
+    upper.supxlabel("training tokens; layers from the first, dark, to the last, light")
 
     kept = [row for row in rows if (run["dir"] / f"sv_layer_0_step_{row['step']}.npy").exists()]
     three_layers(lower, c["n_layer"], [(dict(color=DEPTH(0.9 * row["tokens"] / end)), [(run, row)]) for row in kept])
-    lower.supxlabel("training: dark to light")
+    lower.supxlabel("from the start, dark, to the end, light")
     fig.suptitle(f"{run['dir'].resolve().name}: {run['status']} at {amount(rows[-1]['tokens'])} of "
                  f"{amount(c['max_tokens'])} tokens\npeak learning rate {c['learning_rate']:g}, seed {c['seed']}")
     return fig

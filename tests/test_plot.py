@@ -351,20 +351,17 @@ def test_run_page_leaves_no_logged_key_out(tmp_path):
         row.update(z_loss=2.0, k_norm_layer_0=1.0)
     keys = set().union(*(row.keys() for row in run["rows"])) - {"step", "tokens"}
     assert {"train_loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "mean_pr", "pr_weight_layer_0"} < keys
-    numbers = {key: 100 + i / 7 for i, key in enumerate(sorted(keys))}  # with one layer a mean over layers is the value
+    numbers = {key: 100 + i / 7 for i, key in enumerate(sorted(keys))}
     fig = plot.run_page(dict(run, rows=[*run["rows"][:-1], run["rows"][-1] | numbers]))
     assert all(np.isclose(drawn(fig), number, atol=1e-9, rtol=0).any() for number in numbers.values())
     assert {"z_loss", "k_norm, by layer"} <= {ax.get_title() for ax in fig.findobj(Axes)}
 
 
-def test_run_page_shows_the_mean_over_layers_the_layers_and_the_spectra(tmp_path):
+def test_run_page_shows_the_layers_and_the_spectra(tmp_path):
     d = synthetic.make_study(tmp_path, seeds=(42,)) / "muon-seed42"
     run = load_run(d)
     axes = {ax.get_title(): ax for ax in plot.run_page(run).findobj(Axes)}
-    lines = {line.get_label(): line.get_ydata() for line in axes["participation ratio, mean over layers"].lines}
-    for key in "pr_pre_rope", "pr_weight":
-        assert np.allclose(lines[key], [np.mean([row[f"{key}_layer_{i}"] for i in range(6)]) for row in run["rows"]])
-    for key in "max_logit", "pr_centered":
+    for key in "max_logit", "pr_centered", "pr_weight":
         layers = [line.get_ydata() for line in axes[f"{key}, by layer"].lines]
         assert np.allclose(layers, [[row[f"{key}_layer_{i}"] for row in run["rows"]] for i in range(6)])
     assert [len(axes[f"layer {i} of 6"].lines) for i in (1, 3, 6)] == [len(list(d.glob("sv_layer_0_*")))] * 3
