@@ -241,7 +241,7 @@ def pr_heatmap(main, last):
     for (i, j), pr in np.ndenumerate(table):
         if np.isfinite(pr):
             dark = abs(2 * pr / top - 1) > 0.7  # both ends of the colours are
-            ax.text(j, i, f"{pr:.1f}", ha="center", va="center", fontsize=9, color="white" if dark else "black")
+            ax.text(j, i, f"{pr:.1f}", ha="center", va="center", color="white" if dark else "black")
     ax.set_xticks(range(len(heads)), heads)
     ax.set_yticks(range(n_layer), range(1, n_layer + 1))
     ax.tick_params(length=0, top=True, labeltop=True, labelbottom=False)
@@ -309,7 +309,8 @@ def lr_sweep(sweep, picks):
     ax = None
     for i, (label, group, look) in enumerate(groups, 1):
         ax = fig.add_subplot(n_rows, 2, i, sharey=ax)
-        pick, lrs, notes = picks.get(group[0]["config"]["arm"]), [*by("learning_rate", group)], ["none chosen yet"]
+        pick, lrs = picks.get(group[0]["config"]["arm"]), [*by("learning_rate", group)]
+        notes = ["none chosen yet"]
         if pick:
             notes = [f"lr {pick['lr']:g}", f"\nloss {pick['val_loss']:.3f}"]
             notes += ["not bracketed"] * (not pick["bracketed"]) + [f"tie with {lr:g}" for lr in pick["tie"]]
