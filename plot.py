@@ -357,8 +357,8 @@ def run_page(run):
     c, rows = run["config"], run["rows"]
     panels = {"train_loss (dark), val_loss (light)": ["train_loss", "val_loss"]}
     for key in itertools.chain(*rows):
-        name, layered, _ = key.partition("_layer_")
-        if layered:
+        name, _, layer = key.partition("_layer_")
+        if layer.isdigit():
             panels[f"{name}, by layer"] = [f"{name}_layer_{i}" for i in range(c["n_layer"])]
         elif key not in ("step", "tokens", "train_loss", "val_loss"):
             panels[key] = [key]

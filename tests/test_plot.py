@@ -348,7 +348,7 @@ def drawn(fig):
 def test_run_page_leaves_no_logged_key_out(tmp_path):
     d = synthetic.make_study(tmp_path, scale="ci", n_layer=1, seeds=(42,)) / "muon-seed42"
     for row in (run := load_run(d))["rows"]:  # a user's further metrics
-        row.update(z_loss=2.0, k_norm_layer_0=1.0)
+        row.update(z_loss=2.0, per_layer_norm=3.0, k_norm_layer_0=1.0)
     keys = set().union(*(row.keys() for row in run["rows"])) - {"step", "tokens"}
     assert {"train_loss", "val_loss", "lr", "grad_norm", "tokens_per_s", "mean_pr", "pr_weight_layer_0"} < keys
     numbers = {key: 100 + i / 7 for i, key in enumerate(sorted(keys))}
