@@ -9,16 +9,14 @@ runs that have not finished are printed. What a whole study would have is report
 """
 import itertools
 import math
-import re
 import sys
 import textwrap
 
 import matplotlib
 import numpy as np
-from matplotlib.cm import ScalarMappable
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
 from configurator import fail, find
 from study import KINDS, LABELS, chosen, head_dim, layer_values, load_run, load_runs
@@ -32,12 +30,12 @@ LOOKS = {"adamw": ("#D55E00", "-", "o"), "adamw_qk": ("#E69F00", "--", "s"),
 MORE = [("#009E73", "-.", "<"), ("#CC79A7", "-.", ">"), ("#000000", "-.", "p"), ("#8A7A00", "-.", "h")]
 STYLE = {arm: dict(zip(("color", "linestyle", "marker"), LOOKS.get(arm, MORE[i % len(MORE)])))
          for i, arm in enumerate(LABELS)}
-DASHES = ["-", (0, (3, 1.5))]  # of the two studies in a comparison
 GREY = "#666666"
+DEPTH = matplotlib.colormaps["viridis"]  # dark at 0
 WIDTH = 7  # inches: a blog shows it at about 700 pixels, where 10 points are 14 pixels
 LOSS = "validation loss (nats a token)"
 matplotlib.rcParams.update({
-    "font.size": 10, "axes.titlesize": 10, "xtick.labelsize": 9, "ytick.labelsize": 9,
+    "font.size": 10, "axes.titlesize": 9, "xtick.labelsize": 9, "ytick.labelsize": 9, "figure.labelsize": 10,
     "legend.fontsize": 9, "legend.title_fontsize": 9, "legend.frameon": False, "legend.handlelength": 3.2,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#DDDDDD",
     "grid.linewidth": 0.6, "axes.axisbelow": True, "lines.markersize": 5, "figure.titleweight": "bold",
@@ -46,32 +44,17 @@ matplotlib.rcParams.update({
 
 def amount(tokens):
     """1966080 -> '1.97M', 20480 -> '20.5k'."""
+    if tokens >= 1e9:
+        return f"{tokens / 1e9:.3g}B"
     return f"{tokens / 1e6:.3g}M" if tokens >= 1e5 else f"{tokens / 1e3:.3g}k" if tokens else "0"
 
 
-def short(lr):
-    """0.0012 -> '1.2e-3'."""
-    mantissa, exponent = f"{lr:.2e}".split("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
-
-
 # ---- what the logs hold
-def by_arm(runs):
-    """{arm: its runs} in the order of LABELS, without arms that have none."""
-    groups = {arm: [r for r in runs if r["config"]["arm"] == arm] for arm in LABELS}
-    return {arm: group for arm, group in groups.items() if group}
-
-
-def by_rate(runs):
-    """{learning rate: its runs}, ascending."""
-    rates = sorted({r["config"]["learning_rate"] for r in runs})
-    return {lr: [r for r in runs if r["config"]["learning_rate"] == lr] for lr in rates}
-
-
-def means_by_rate(runs, key):
-    """Learning rates where no run diverged, and the mean over seeds of key at the end there, each (n,)."""
-    return np.array([(lr, np.mean([value(r["rows"][-1], key) for r in group]))
-                     for lr, group in by_rate(runs).items() if group == finished(group)]).reshape(-1, 2).T
+def by(key, runs):
+    """{value of a config key: its runs}: arms in the order of study.py, learning rates ascending."""
+    values = {r["config"][key] for r in runs}
+    ordered = [arm for arm in LABELS if arm in values] if key == "arm" else sorted(values)
+    return {x: [r for r in runs if r["config"][key] == x] for x in ordered}
 
 
 def alive(runs):
@@ -82,15 +65,10 @@ def finished(runs):
     return [r for r in runs if r["status"] == "finished"]
 
 
-def value(row, key):
-    """A log row's value under key, or the mean of key_layer_0, _1, ...; nan where it has neither."""
-    return float(np.mean(np.array(layer_values(row, key) or [row.get(key)], dtype=float)))  # None becomes nan
-
-
 def series(run, key):
-    """Tokens and values, each (n,), of the rows of a run that have a finite value() under key."""
-    pairs = [(r["tokens"], y) for r in run["rows"] if math.isfinite(y := value(r, key))]
-    return np.array(pairs, dtype=float).reshape(-1, 2).T
+    """Tokens and values, each (n,), of the rows of a run that have a finite value under key."""
+    pairs = np.array([(r["tokens"], r.get(key)) for r in run["rows"]], dtype=float).reshape(-1, 2)  # None: nan
+    return pairs[np.isfinite(pairs[:, 1])].T
 
 
 def checkpoints(run):
@@ -101,13 +79,14 @@ def checkpoints(run):
 
 def latest_common(main):
     """The largest token count at which every arm that has a checkpoint has one, or None."""
-    sets = [s for group in by_arm(alive(main)).values() if (s := set().union(*map(checkpoints, group)))]
-    return max(set.intersection(*sets) or set.union(*sets)) if sets else None
+    sets = [set().union(*map(checkpoints, group)) for group in by("arm", alive(main)).values()]
+    sets = [s for s in sets if s]
+    return max(set.intersection(*sets), default=None) if sets else None
 
 
 def rows_at(runs, tokens):
-    """[(run, row)] of the runs that have not diverged and have a checkpoint at so many tokens."""
-    return [(r, checkpoints(r)[tokens]) for r in alive(runs) if tokens in checkpoints(r)]
+    """[(run, row)] of the runs that have a checkpoint at so many tokens."""
+    return [(r, at[tokens]) for r in runs if tokens in (at := checkpoints(r))]
 
 
 def spectra_at(pairs, layer):
@@ -115,35 +94,25 @@ def spectra_at(pairs, layer):
     over heads. A missing or broken file is named and left out."""
     found = []
     for run, row in pairs:
-        name = f"sv_layer_{layer}_step_{row['step']}.npy"
+        path = run["dir"] / f"sv_layer_{layer}_step_{row['step']}.npy"
         try:
-            s = np.load(run["dir"] / name).astype(float)
+            s = np.load(path).astype(float)
             found.append((s / s[:, :1]).mean(0))
         except (OSError, ValueError, EOFError):
-            print(f"missing: {run['dir'].name}: {name} is absent or broken")
+            print(f"missing: {path} is absent or broken")
     return found
 
 
 # ---- what the figures share
-def pr_label(runs):
-    tops = sorted({head_dim(r["config"]) for r in runs})
-    return f"mean PR1 of keys after RoPE, of {' or '.join(map(str, tops))}"
+def arms(*studies):
+    """[(arm's label, its runs, how to draw it)] of each study; two studies differ in their dashes."""
+    dashes = [{"linestyle": dash} for dash in ("-", (0, (3, 1.5)))] if len(studies) > 1 else [{}]
+    return [(LABELS[arm], group, STYLE[arm] | dash) for study, dash in zip(studies, dashes)
+            for arm, group in by("arm", study).items()]
 
 
-def legend(fig, handles, title):
-    """One legend under the whole figure, in as many columns as fit; a figure grows with its rows."""
-    for ncols in (2, 1) if len(handles) == 4 else (3, 2, 1):
-        box = fig.legend(handles=handles, loc="outside lower center", ncols=ncols, title=title)
-        if ncols == 1 or box.get_window_extent().width < 0.98 * fig.bbox.width:
-            break
-        box.remove()
-    fig.set_figheight(fig.get_figheight() + 0.18 * max(0, math.ceil(len(handles) / ncols) - 2))
-
-
-def arm_handles(main, text=lambda group: "", **look):
-    """Legend entries of arms: LABELS and text(the arm's runs)."""
-    return [Line2D([], [], linewidth=2, label=LABELS[arm] + text(group), **STYLE[arm] | look)
-            for arm, group in by_arm(main).items()]
+def pr_label(run):
+    return f"mean PR1 of keys after RoPE, of {head_dim(run['config'])}"
 
 
 def seeds_text(group):
@@ -151,68 +120,75 @@ def seeds_text(group):
     return f" ({len(group)} seed{'s' * (len(group) > 1)}{f'; X: {lost} diverged' * bool(lost)})"
 
 
+def legend(fig, studies, title, text=seeds_text):
+    """One legend under the whole figure, which grows with its rows: each arm with text(its runs)."""
+    handles = [Line2D([], [], linewidth=2, label=label + text(group), **look)
+               for label, group, look in arms(*studies)]
+    for ncols in 2, 1:
+        box = fig.legend(handles=handles, loc="outside lower center", ncols=ncols, title=title)
+        if ncols == 1 or box.get_window_extent().width < 0.98 * fig.bbox.width:
+            break
+        box.remove()
+    fig.set_figheight(fig.get_figheight() + 0.18 * max(0, math.ceil(len(handles) / ncols) - 2))
+
+
 def curve_legend(fig, studies, names, key, digits):
     """The legend of a figure of curves, with each arm's mean at the end of its budget."""
     def text(group):
-        ends = [[value(r["rows"][-1], key) for r in finished(group) if r in study] for study in studies]
-        means = ", ".join(f"{np.mean(y):.{digits}f}" if y else "none" for y in ends)
-        return f": {means}" * any(ends) + seeds_text(group) * (not names)
+        ends = [r["rows"][-1][key] for r in finished(group)]
+        return (f": {np.mean(ends):.{digits}f}" if ends else "") + seeds_text(group)
 
-    handles = arm_handles(sum(studies, []), text, **dict(linestyle="none") if names else {})
-    handles += [Line2D([], [], color=GREY, lw=2, linestyle=d, label=n) for n, d in zip(names, DASHES)]
-    legend(fig, handles, "lines: means over seeds; numbers: at the end of the budget, in the names' order"
-           if names else "thick: mean over seeds; thin: each seed; shading: min to max; "
-                         "numbers: at the end of the budget")
+    lines = "solid: {}\ndashed: {}\nlines".format(*names) if names else "thin: each seed; thick"
+    legend(fig, studies, f"{lines}: means over seeds; shading: min to max; numbers: at the end of the budget", text)
 
 
-def tokens_axis(ax, start, end, ticks=6):
-    size, unit = (1e6, "millions") if end >= 1e5 else (1e3, "thousands")
-    ax.set(xlabel=f"training tokens ({unit})", xlim=(start, 1.02 * end - 0.02 * start))
-    ax.xaxis.set(major_locator=MaxNLocator(ticks, steps=[1, 2, 5, 10]),
-                 major_formatter=FuncFormatter(lambda t, _: f"{t / size:g}"))
+def tokens_axis(ax, start, end):
+    ax.set_xlim(start, 1.02 * end - 0.02 * start)
+    ax.xaxis.set(major_locator=MaxNLocator("auto", steps=[1, 2, 5, 10]),
+                 major_formatter=lambda tokens, _: amount(tokens))
 
 
-def curves(ax, studies, key, start, informative, ticks=6):
-    """Thin line of each seed, mean line and shading of each arm against tokens from `start` on. Values from
-    `informative` tokens on rule the axis, those of diverged runs only where there is no other."""
+def band(ax, x, values, look, **line):
+    """The mean over the runs as a line and, in its colour, their range. x (n,), values (runs, n)."""
+    ax.plot(x, np.mean(values, 0), **look, **line)
+    ax.fill_between(x, np.min(values, 0), np.max(values, 0), color=look["color"], alpha=0.18, linewidth=0)
+
+
+def curves(ax, studies, key, start=0, informative=0):
+    """Each seed and the band() of each arm against tokens, from a share `start` of the budget on. Values from
+    the share `informative` on rule the axis, those of diverged runs only where there is no other."""
     runs = sum(studies, [])
+    end = max(series(r, key)[0][-1] for r in runs)
     x, y = np.hstack([series(r, key) for r in alive(runs) or runs])
-    y = y[x >= informative] if x.max() >= informative else y
-    pad, end = 0.04 * np.ptp(y) or 0.1, max(series(r, key)[0][-1] for r in runs)
+    y = y[x >= min(informative * end, x.max())]
+    pad = 0.04 * np.ptp(y) or 0.1
     low, high = y.min() - pad, y.max() + pad
-    tokens_axis(ax, start, end, ticks)
-    ax.set_ylim(low, high)
-    for dash, main in zip(DASHES, studies):
-        for arm, group in by_arm(main).items():
-            color, look = STYLE[arm]["color"], STYLE[arm] | (dict(linestyle=dash) if len(studies) > 1 else {})
-            for run in group:
-                x, y = series(run, key)
-                lost = run["status"] == "diverged"
-                if lost or len(group) > 1 and len(studies) == 1:  # they would fill the gaps of dashed lines
-                    ax.plot(x, y, color=color, linewidth=0.7, alpha=0.8)
-                if lost and x[-1] >= start:
-                    ax.plot(x[-1], np.clip(y[-1], low, high), "X", color=color, markersize=11,
-                            markeredgecolor="white", clip_on=False, zorder=5)
-            at = [dict(zip(*series(run, key))) for run in alive(group)]
-            if x := sorted(set.intersection(*map(set, at))) if at else []:
-                y = np.array([[values[t] for t in x] for values in at])
-                marks = [i for i, t in enumerate(x) if any(t in checkpoints(run) for run in group)]
-                ax.plot(x, y.mean(0), **look, linewidth=2, markevery=marks)
-                ax.fill_between(x, y.min(0), y.max(0), color=color, alpha=0.18, linewidth=0)
+    tokens_axis(ax, start * end, end)
+    ax.set(xlabel="training tokens", ylim=(low, high))
+    for _, group, look in arms(*studies):
+        for run in group:
+            x, y = series(run, key)
+            lost = run["status"] == "diverged"
+            if lost or len(group) > 1 and len(studies) == 1:  # they would fill the gaps of dashed lines
+                ax.plot(x, y, color=look["color"], linewidth=0.7, alpha=0.8)
+            if lost and x[-1] >= start * end:
+                ax.plot(x[-1], np.clip(y[-1], low, high), "X", color=look["color"], markersize=11,
+                        markeredgecolor="white", clip_on=False, zorder=5)
+        at = [dict(zip(*series(run, key))) for run in alive(group)]
+        if x := sorted(set.intersection(*map(set, at))) if at else []:
+            band(ax, x, [[values[t] for t in x] for values in at], look, linewidth=2,
+                 markevery=max(1, len(x) // 8))
 
 
 # ---- the figures
 def val_loss(*studies, names=()):
-    fig, runs = Figure((WIDTH, 4.4)), sum(studies, [])
+    fig = Figure((WIDTH, 4.4))
     whole, tail = fig.subplots(1, 2, width_ratios=[3, 2])
-    end = max(series(r, "val_loss")[0][-1] for r in runs)
     # step 0 and the first fall would leave a hair's breadth to the differences of the arms
-    curves(whole, studies, "val_loss", 0, 0.1 * end)
-    curves(tail, studies, "val_loss", 2 / 3 * end, 2 / 3 * end, ticks=3)
-    whole.set_ylabel(LOSS)
-    first = np.mean([series(r, "val_loss")[1][0] for r in runs])
-    whole.set_title(f"whole run; it begins above the axis, at {first:.2f}", color=GREY, fontsize=9)
-    tail.set_title("last third, enlarged", color=GREY, fontsize=9)
+    curves(whole, studies, "val_loss", informative=0.1)
+    curves(tail, studies, "val_loss", start=2 / 3, informative=2 / 3)
+    whole.set(ylabel=LOSS, title="whole run; it begins above the axis")
+    tail.set(title="last third, enlarged")
     fig.suptitle("Validation loss")
     curve_legend(fig, studies, names, "val_loss", 3)
     return fig
@@ -221,8 +197,8 @@ def val_loss(*studies, names=()):
 def mean_pr(*studies, names=()):
     fig = Figure((WIDTH, 4.4))
     ax = fig.subplots()
-    curves(ax, studies, "mean_pr", 0, 0)
-    ax.set_ylabel(pr_label(sum(studies, [])))
+    curves(ax, studies, "mean_pr")
+    ax.set(ylabel=pr_label(studies[0][0]))
     fig.suptitle("Mean participation ratio over training")
     curve_legend(fig, studies, names, "mean_pr", 1)
     return fig
@@ -230,151 +206,122 @@ def mean_pr(*studies, names=()):
 
 def loss_vs_pr(main, last):
     fig = Figure((WIDTH, 4.7))
-    every, final = axes = fig.subplots(1, 2, width_ratios=[3, 2])
-    counts, labels = sorted(set().union(*map(checkpoints, main))), []
-    for i, tokens in enumerate(counts):
-        late, at_last = (i + 1) / len(counts), tokens == last
-        for arm, group in by_arm(main).items():
-            color = STYLE[arm]["color"]
-            for run in (r for r in group if tokens in checkpoints(r)):
-                row, lost = checkpoints(run)[tokens], run["status"] == "diverged"
-                for ax in axes[:1 + at_last]:
-                    ax.plot(row["mean_pr"], row["val_loss"], "x" if lost else STYLE[arm]["marker"],
-                            color=color, alpha=0.35 + 0.65 * late, markersize=3 + 5 * late,
-                            markeredgecolor=color if lost else "black" if at_last else "none",
-                            markeredgewidth=0.8)
-        means = [tuple(np.mean([(row["mean_pr"], row["val_loss"]) for _, row in at], 0))
-                 for group in by_arm(main).values() if (at := rows_at(group, tokens))]
-        if means:
-            x, y = zip(*sorted(means))
-            for ax in axes[:1 + at_last]:
-                ax.plot(x, y, color=GREY, linewidth=0.9, zorder=0)
-            labels.append((amount(tokens), (x[-1], y[-1])))
-    every.margins(x=0.15)
-    final.margins(0.12)
-    space, above = 0.05 * np.ptp(every.get_ylim()), []
-    for text, at in reversed(labels):
-        if all(abs(at[1] - y) > space for y in above):  # a label that would run into a later one is left out
-            every.annotate(text, at, (11, 0), textcoords="offset points", va="center", fontsize=8)
-            above.append(at[1])
-    every.set_ylabel(LOSS)
-    for ax in axes:
-        ax.set_xlabel(pr_label(main).replace(" after", "\nafter"))
-    every.set_title("all token checkpoints; larger is later", color=GREY, fontsize=9)
-    final.set_title(f"at {amount(last)} tokens only", color=GREY, fontsize=9)
+    ax = fig.subplots()
+    counts = sorted(set().union(*map(checkpoints, main)))
+    for late, tokens in zip(np.linspace(0, 1, len(counts) + 1)[1:], counts):
+        means = []
+        for _, group, look in arms(main):
+            for run, row in rows_at(group, tokens):
+                lost, color = run["status"] == "diverged", look["color"]
+                ax.plot(row["mean_pr"], row["val_loss"], "x" if lost else look["marker"], color=color,
+                        alpha=0.35 + 0.65 * late, markersize=3 + 5 * late, markeredgewidth=0.8,
+                        markeredgecolor="black" if tokens == last and not lost else color)
+            if at := rows_at(alive(group), tokens):
+                means.append(tuple(np.mean([(row["mean_pr"], row["val_loss"]) for _, row in at], 0)))
+        ax.plot(*zip(*sorted(means)), color=GREY, linewidth=0.9, zorder=0)
+    ax.set(xlabel=pr_label(main[0]), ylabel=LOSS,
+           title=f"all token checkpoints; larger is later; black edges: at {amount(last)} tokens")
     fig.suptitle("Does a higher participation ratio go with a lower loss?")
-    legend(fig, arm_handles(main, seeds_text),
-           "a point: a run at a checkpoint (x: it diverged later); grey lines: arm means at equal tokens")
+    legend(fig, [main], "a point: a run (x: it diverged later); grey lines: arm means at equal tokens")
     return fig
 
 
 def pr_heatmap(main, last):
-    groups, n_layer, top = by_arm(main), main[0]["config"]["n_layer"], head_dim(main[0]["config"])
-    none, heads = [[np.nan] * n_layer], []
-    table = np.array([np.mean([layer_values(row, "pr") for _, row in rows_at(group, last)] or none, 0)
-                      for group in groups.values()]).T
-    for (arm, group), mean in zip(groups.items(), table.mean(0)):
-        state = f"mean {mean:.1f}" if mean > 0 else "not there yet" if alive(group) else "diverged"
-        heads.append(textwrap.fill(LABELS[arm], 64 // len(groups), break_on_hyphens=False) + f"\n{state}")
-    tall, lines = n_layer > 12, max(head.count("\n") for head in heads)
-    fig = Figure((WIDTH, max(3.2, 1.4 + 0.15 * lines + n_layer * (0.25 if tall else 0.38))))
+    n_layer, top, heads, columns = main[0]["config"]["n_layer"], head_dim(main[0]["config"]), [], []
+    for label, group, _ in (groups := arms(main)):
+        at = rows_at(alive(group), last)
+        columns.append(np.mean([layer_values(row, "pr") for _, row in at] or [[np.nan] * n_layer], 0))
+        state = f"mean {columns[-1].mean():.1f}" if at else "not there yet" if alive(group) else "diverged"
+        heads.append(textwrap.fill(label, 64 // len(groups), break_on_hyphens=False) + f"\n{state}")
+    table = np.transpose(columns)
+    fig = Figure((WIDTH, 2.2 + 0.28 * max(4, n_layer)))
     ax = fig.subplots()
-    ax.grid(False)
-    ax.set_facecolor("#EEEEEE")
     # the whole range of PR, not that of the data: red has to mean collapsed, also where every arm is healthy
     image = ax.imshow(table, cmap="RdYlBu", vmin=1, vmax=top, aspect="auto")
     for (i, j), pr in np.ndenumerate(table):
-        dark = np.dot(image.cmap(image.norm(pr))[:3], [0.3, 0.59, 0.11]) < 0.5
-        ax.text(j, i, f"{pr:.1f}" if np.isfinite(pr) else "", ha="center", va="center",
-                fontsize=8 if tall else 10, color="white" if dark else "black")
+        if np.isfinite(pr):
+            dark = abs(2 * pr / top - 1) > 0.7  # both ends of the colours are
+            ax.text(j, i, f"{pr:.1f}", ha="center", va="center", color="white" if dark else "black")
     ax.set_xticks(range(len(heads)), heads)
-    ax.xaxis.tick_top()
     ax.set_yticks(range(n_layer), range(1, n_layer + 1))
-    ax.set_ylabel("layer")
-    ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)
-    bar = fig.colorbar(image, ax=ax, pad=0.02)
+    ax.tick_params(length=0, top=True, labeltop=True, labelbottom=False)
+    ax.set(ylabel="layer")
+    ax.grid(False)
     init = np.mean([series(r, "mean_pr")[1][0] for r in main])
+    bar = fig.colorbar(image, label=f"PR1 of keys after RoPE, of {top}\nmean over seeds; line: {init:.0f} at init")
     bar.ax.axhline(init, color="black", linewidth=1.5)
-    bar.set_label(f"PR1 of keys after RoPE, of {top}\nmean over seeds; line: {init:.0f} at init")
     fig.suptitle(f"Participation ratio of each layer at {amount(last)} tokens")
     return fig
 
 
-def three_layers(fig, n_layer):
-    """{layer: its axes} for the first, the middle and the last layer, side by side, for singular values."""
+def three_layers(fig, n_layer, lines):
+    """Singular values in the first, the middle and the last layer, side by side: a band() for each of lines,
+    [(how to draw it, [(run, row)])]. Returns the last axes."""
     layers = sorted({0, (n_layer + 1) // 2 - 1, n_layer - 1})
     axes = fig.subplots(1, len(layers), sharey=True, squeeze=False)[0]
-    for ax, layer in zip(axes, layers):
+    for layer, ax in zip(layers, axes):
+        for look, at in lines:
+            if found := spectra_at(at, layer):
+                band(ax, range(1, len(found[0]) + 1), found, look, linewidth=1.8, markevery=(5, 12))
         ax.set(yscale="log", xlabel="index, largest first", title=f"layer {layer + 1} of {n_layer}")
     axes[0].set_ylabel("singular value of the keys after RoPE\ndivided by the largest (log scale)")
-    return dict(zip(layers, axes))
+    return ax
 
 
 def spectra(main, last):
     fig = Figure((WIDTH, 4.2))
-    for layer, ax in three_layers(fig, main[0]["config"]["n_layer"]).items():
-        for arm, group in by_arm(main).items():
-            if at := spectra_at(rows_at(group, last), layer):
-                index, color = range(1, len(at[0]) + 1), STYLE[arm]["color"]
-                ax.plot(index, np.mean(at, 0), **STYLE[arm], linewidth=1.8, markevery=(5, 12))
-                ax.fill_between(index, np.min(at, 0), np.max(at, 0), color=color, alpha=0.18, linewidth=0)
-        for qk_norm, dash in (False, "-"), (True, "--"):  # all else of a seed's arms is the same at step 0
-            begun = [(r, dict(step=0)) for r in main if r["config"]["qk_norm"] == qk_norm]
-            if at := spectra_at(begun, layer):
-                ax.plot(range(1, len(at[0]) + 1), np.mean(at, 0), dash, color=GREY, linewidth=1, zorder=1)
+    lines = [(look, rows_at(alive(group), last)) for _, group, look in arms(main)]
+    lines += [(dict(color=GREY, linestyle=dash), [(r, dict(step=0)) for r in group])  # a seed's arms begin alike
+              for dash, group in zip(("-", "--"), by("qk_norm", main).values())]
+    ax = three_layers(fig, main[0]["config"]["n_layer"], lines)
     if not ax.lines:
         return None
     ax.set_ylim(max(ax.get_ylim()[0], 1e-6), 1.2)
     fig.suptitle(f"Singular values of the keys at {amount(last)} tokens")
-    legend(fig, arm_handles(main, seeds_text) + [Line2D([], [], color=GREY, lw=1, label="init (step 0)")],
-           "mean over heads and seeds; shading: min to max of the seeds; init dashed: with QK-Norm")
+    legend(fig, [main], "means over heads and seeds; shading: min to max; grey: at init, dashed with QK-Norm")
     return fig
 
 
+def against_rate(ax, group, look, key, pick):
+    """An arm's runs at the end of their budget against learning rate: a dot each, a line through the means of
+    the rates where none diverged, a star on the chosen one, an X on the upper edge where one diverged."""
+    end = lambda run: run["rows"][-1][key]
+    rates = by("learning_rate", group)
+    means = {lr: np.mean([end(r) for r in runs]) for lr, runs in rates.items() if runs == finished(runs)}
+    ax.set(xscale="log")
+    ax.plot([r["config"]["learning_rate"] for r in finished(group)], [end(r) for r in finished(group)], ".",
+            color=look["color"], alpha=0.4)
+    ax.plot([*means], [*means.values()], **look, linewidth=1.6)
+    for lr in rates.keys() - means:
+        ax.plot(lr, 1, "X", color=look["color"], markersize=9, markeredgecolor="white", clip_on=False,
+                transform=ax.get_xaxis_transform())
+    if pick and pick["lr"] in means:
+        ax.plot(pick["lr"], means[pick["lr"]], "*", color=look["color"], markersize=14, markeredgecolor="black",
+                zorder=3)
+
+
 def lr_sweep(sweep, picks):
-    ended = [r for r in sweep if r["status"] != "unfinished"]
-    if not ended:
+    groups = arms([r for r in sweep if r["status"] != "unfinished"])
+    if not groups:
         return None
-    groups, losses = by_arm(ended), [r["val_loss"] for r in finished(ended)] or [0, 1]
-    pad, several = 0.1 * np.ptp(losses) or 0.1, len({r["config"]["seed"] for r in ended}) > 1
-    n_rows, roof = math.ceil(len(groups) / 2), max(losses) + pad
-    fig = Figure((WIDTH, 0.3 + 2.4 * n_rows))
-    axes = fig.subplots(n_rows, 2, sharey=True, squeeze=False).flatten()
-    for ax, (arm, group) in zip(axes, groups.items()):
-        rates, pick, color = by_rate(group), picks.get(arm), STYLE[arm]["color"]
-        ax.plot(*means_by_rate(group, "val_loss"), **STYLE[arm], linewidth=1.8)
-        for lr, runs in rates.items():
-            if several:
-                ax.plot([lr] * len(finished(runs)), [r["val_loss"] for r in finished(runs)], "_", color=color,
-                        markersize=9, markeredgewidth=1.2)
-            if lost := len(runs) - len(finished(runs)):
-                ax.plot(lr, roof, "X", color=color, markersize=11, markeredgecolor="white")
-                ax.annotate(f"{lost} of {len(runs)} diverged" if lost < len(runs) else "diverged", (lr, roof),
-                            (0, -15), textcoords="offset points", ha="center", fontsize=8)
-        title = f"{LABELS[arm]}: none chosen yet"
+    n_rows = math.ceil(len(groups) / 2)
+    fig = Figure((WIDTH, 0.6 + 2.4 * n_rows))
+    ax = None
+    for i, (label, group, look) in enumerate(groups, 1):
+        ax = fig.add_subplot(n_rows, 2, i, sharey=ax)
+        pick, lrs = picks.get(group[0]["config"]["arm"]), [*by("learning_rate", group)]
+        notes = ["none chosen yet"]
         if pick:
-            star = dict(marker="*", linestyle="none", markeredgecolor="black")
-            ties = [(t["lr"], t["val_loss"]) for t in pick["tried"] if t["lr"] in pick["tie"]]
-            if ties:
-                ax.plot(*zip(*ties), color="white", markersize=13, **star)
-            ax.plot(pick["lr"], pick["val_loss"], color=color, markersize=16, **star)
-            ax.annotate(f"{pick['val_loss']:.3f}", (pick["lr"], pick["val_loss"]), (0, -18),
-                        textcoords="offset points", ha="center", fontsize=8)
-            notes = ["not bracketed"] * (not pick["bracketed"])
-            notes += [f"tie with {' and '.join(map(short, pick['tie']))}"] * bool(ties)
-            title = f"{LABELS[arm]}: lr {short(pick['lr'])}" + ",\n" * bool(notes) + ", ".join(notes)
-        ax.set_title(title, fontsize=9)
-        ax.set(xscale="log", ylim=(min(losses) - 3.2 * pad, roof + 0.7 * pad))
-        ax.set_xlim(min(rates) / 1.5, max(rates) * 1.5)
-        ax.xaxis.set(major_locator=FixedLocator([*rates]), minor_locator=NullLocator(),
-                     major_formatter=FuncFormatter(lambda lr, _: short(lr)))
-        ax.tick_params(axis="x", rotation=45 if len(rates) > 6 else 0)
-    for ax in axes[len(groups):]:
-        ax.set_visible(False)
-    note = "\nline: mean over seeds; dashes: each seed; hollow star: a tie within their noise" * several
-    fig.supylabel(f"{LOSS} at {amount(ended[0]['config']['max_tokens'])} tokens", fontsize=10)
-    fig.supxlabel(f"peak learning rate (log scale); star: the chosen one{note}", fontsize=10)
+            notes = [f"lr {pick['lr']:g}", f"\nloss {pick['val_loss']:.3f}"]
+            notes += ["not bracketed"] * (not pick["bracketed"]) + [f"tie with {lr:g}" for lr in pick["tie"]]
+        against_rate(ax, group, look, "val_loss", pick)
+        ax.set_title(f"{label}: " + ", ".join(notes))
+        ax.set_xticks(lrs, [f"{lr:g}" for lr in lrs], rotation=30)
+        ax.minorticks_off()
+        ax.margins(0.1, 0.12)
+    fig.supylabel(f"{LOSS} at {amount(sweep[0]['config']['max_tokens'])} tokens")
+    fig.supxlabel("peak learning rate (log scale)\n"
+                  "line: mean over seeds; dots: runs; star: the chosen rate; X: diverged")
     fig.suptitle("Learning rate sweep")
     return fig
 
@@ -390,95 +337,50 @@ def rates(sweep, neighbours, main, picks):
     fig = Figure((WIDTH, 6))
     axes = fig.subplots(2, len(parts), sharex=True, squeeze=False)
     axes[1, 0].sharey(axes[1, -1])
-    for (name, runs), column in zip(parts.items(), axes.T):
-        for arm, group in by_arm(runs).items():
-            color, pick = STYLE[arm]["color"], picks.get(arm, {}).get("lr")
-            for ax, key in zip(column, ("val_loss", "mean_pr")):
-                points = [(r["config"]["learning_rate"], value(r["rows"][-1], key)) for r in finished(group)]
-                ax.plot(*np.array(points).reshape(-1, 2).T, ".", color=color, alpha=0.4)
-                lrs, means = means_by_rate(group, key)
-                ax.plot(lrs, means, **STYLE[arm], linewidth=1.6)
-                ax.plot(lrs[lrs == pick], means[lrs == pick], "*", color=color, markersize=12,
-                        markeredgecolor="black", zorder=3)
-            for lr in {r["config"]["learning_rate"] for r in group if r["status"] == "diverged"}:
-                column[0].plot(lr, 1, "X", color=color, markersize=9, markeredgecolor="white", clip_on=False,
-                               transform=column[0].get_xaxis_transform())
-        budget = amount(runs[0]["config"]["max_tokens"])
-        column[0].set_title(f"{name}: {budget} tokens", color=GREY, fontsize=9)
-        column[0].set_xscale("log")
-        column[1].set_xlabel("peak learning rate (log scale)")
+    for (name, runs), (loss, pr) in zip(parts.items(), axes.T):
+        for _, group, look in arms(runs):
+            for ax, key in (loss, "val_loss"), (pr, "mean_pr"):
+                against_rate(ax, group, look, key, picks.get(group[0]["config"]["arm"]))
+        loss.set(title=f"{name}: {amount(runs[0]['config']['max_tokens'])} tokens")
+        pr.set(xlabel="peak learning rate (log scale)")
     axes[0, 0].set_ylabel(LOSS)
-    axes[1, 0].set_ylabel(pr_label(main + sweep).replace(" after", "\nafter"))
+    axes[1, 0].set_ylabel(pr_label((main + sweep)[0]).replace(" after", "\nafter"))
     fig.suptitle("Loss and participation ratio by learning rate")
-    legend(fig, arm_handles(sweep + main), "at the end of each budget; lines: means over seeds; dots: runs; "
-                                           "star: the chosen rate; X: diverged")
+    legend(fig, [sweep + main], "at the end of each budget; lines: means over seeds; dots: runs; "
+           "star: the chosen rate; X: diverged", text=lambda group: "")
     return fig
 
 
 # ---- one run
-PANELS = {  # title: {key: its name in the legend}
-    "loss (nats a token)": {"train_loss": "train", "val_loss": "validation"},
-    "participation ratio, mean over layers": {
-        "mean_pr": "PR1 of keys", "pr_centered": "PR2, centred", "pr_pre_rope": "PR1 before RoPE",
-        "pr_weight": "PR2 of gain x W_K"},
-    "gradient norm before clipping (log scale)": {"grad_norm": ""},
-    "learning rate": {"lr": ""}, "training tokens a second": {"tokens_per_s": ""}}
-HEATS = {"pr": "PR1 of keys after RoPE", "attn_entropy": "attention entropy (nats)",
-         "max_logit": "largest attention logit"}
-
-
 def run_page(run):
-    """All that a run has logged. A key that is in neither PANELS nor HEATS gets a panel under its name."""
-    c, rows, panels, heats = run["config"], run["rows"], dict(PANELS), dict(HEATS)
-    for key in dict.fromkeys(key for row in rows for key in row if key not in ("step", "tokens")):
-        name = re.sub(r"_layer_\d+$", "", key)
-        if name not in {*HEATS, *(key for panel in PANELS.values() for key in panel)}:
-            (panels if name == key else heats)[name] = {key: ""} if name == key else name
-    n, end = len(panels) + len(heats), rows[-1]["tokens"] or c["batch_tokens"]
-    height = 1.8 * math.ceil(n / 2)
-    fig = Figure((WIDTH, height + 3))
-    upper, lower = fig.subfigures(2, 1, height_ratios=[height, 3])
-    axes = upper.subplots(math.ceil(n / 2), 2).flatten()
-    for ax, (title, panel) in zip(axes, panels.items()):
-        for (key, name), color in zip(panel.items(), ("#E69F00", "#0072B2", "#009E73", "#CC79A7")):
-            ax.plot(*series(run, key), "." * (len(rows) < 20) + "-", color=color, linewidth=1.4, label=name)
-        if len(panel) > 1:
-            ax.legend(fontsize=8, handlelength=1.2, ncols=len(panel) // 2, columnspacing=1, loc="upper right")
-        ax.set_title(title, fontsize=9)
-    loss, pr, norm, _, speed = axes[:len(PANELS)]
-    loss.set_ylim(top=min(loss.get_ylim()[1], 2 * math.log(c["vocab_size"])))  # beyond it a run has exploded
-    pr.set_ylim(0, 1.7 * pr.get_ylim()[1])  # room for the legend
-    speed.set_ylim(bottom=0)
-    norm.set_yscale("log")
-    norm.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(),
-                   major_formatter=FuncFormatter(lambda y, _: f"{y:g}"))
-    at = np.array([row["tokens"] for row in rows])
-    edges = np.array([at[0], *(at[1:] + at[:-1]) / 2, end])
-    for ax, (name, title) in zip(axes[len(panels):], heats.items()):
-        y = np.array([layer_values(row, name) or [None] * c["n_layer"] for row in rows], dtype=float).T
-        scale = dict(cmap="RdYlBu", vmin=1, vmax=head_dim(c)) if name == "pr" else {}
-        image = ax.pcolormesh(edges, np.arange(len(y) + 1) + 0.5, y, rasterized=True, **scale)
-        upper.colorbar(image, ax=ax)
-        ax.grid(False)
-        ax.invert_yaxis()
-        ax.yaxis.set_major_locator(MaxNLocator(6, integer=True))
-        ax.set_title(f"{title}, by layer", fontsize=9)
-    for i, ax in enumerate(axes):
+    """All that a run has logged, a panel a key, in the log's words; and its spectra."""
+    c, rows = run["config"], run["rows"]
+    panels = {"train_loss (dark), val_loss (light)": ["train_loss", "val_loss"]}
+    for key in itertools.chain(*rows):
+        name, _, layer = key.partition("_layer_")
+        if layer.isdigit():
+            panels[f"{name}, by layer"] = [f"{name}_layer_{i}" for i in range(c["n_layer"])]
+        elif key not in ("step", "tokens", "train_loss", "val_loss"):
+            panels[key] = [key]
+    n_rows, end = math.ceil(len(panels) / 2), rows[-1]["tokens"] or c["batch_tokens"]
+    fig = Figure((WIDTH, 1.8 * n_rows + 3))
+    upper, lower = fig.subfigures(2, 1, height_ratios=[1.8 * n_rows, 3])
+    for i, (title, keys) in enumerate(panels.items(), 1):
+        ax = upper.add_subplot(n_rows, 2, i, title=title)
+        for key, color in zip(keys, DEPTH(np.linspace(0, 0.9, len(keys)))):
+            ax.plot(*series(run, key), "." * (len(rows) < 20) + "-", color=color, linewidth=1.4)
+        if "loss" in title:  # beyond this a run has exploded
+            ax.set_ylim(top=min(ax.get_ylim()[1], 2 * math.log(c["vocab_size"])))
+        if title == "grad_norm":
+            ax.set_yscale("log")
         tokens_axis(ax, 0, end)
-        ax.set_visible(i < n)
-        if i < n - 2:
-            ax.set_xlabel("")
+    upper.supxlabel("training tokens; layers from the first, dark, to the last, light")
 
-    times = ScalarMappable(matplotlib.colors.Normalize(0, end))
     kept = [row for row in rows if (run["dir"] / f"sv_layer_0_step_{row['step']}.npy").exists()]
-    three = three_layers(lower, c["n_layer"])
-    for (layer, ax), row in itertools.product(three.items(), kept):
-        for s in spectra_at([(run, row)], layer):
-            ax.plot(range(1, len(s) + 1), s, color=times.to_rgba(row["tokens"]), linewidth=1.2)
-    lower.colorbar(times, ax=[*three.values()], label="tokens", format=FuncFormatter(lambda t, _: amount(t)))
+    three_layers(lower, c["n_layer"], [(dict(color=DEPTH(0.9 * row["tokens"] / end)), [(run, row)]) for row in kept])
+    lower.supxlabel("from the start, dark, to the end, light")
     fig.suptitle(f"{run['dir'].resolve().name}: {run['status']} at {amount(rows[-1]['tokens'])} of "
-                 f"{amount(c['max_tokens'])} tokens\n{LABELS.get(c['arm'], c['arm'])}, peak learning rate "
-                 f"{short(c['learning_rate'])}, seed {c['seed']}")
+                 f"{amount(c['max_tokens'])} tokens\npeak learning rate {c['learning_rate']:g}, seed {c['seed']}")
     return fig
 
 
@@ -519,14 +421,14 @@ def main(args):
         picks = chosen(folders[0])
     except (ValueError, OSError) as e:
         fail(e)
-    for r in (r for study in studies for runs in study for r in runs if r["status"] != "finished"):
-        at = r["rows"][-1]["tokens"] if r["rows"] else 0
-        print(f"{r['status']}: {r['dir']}, at {at:,} of {r['config']['max_tokens']:,} tokens")
+    for r in itertools.chain(*itertools.chain(*studies)):
+        if r["status"] != "finished":
+            print(f"{r['status']}: {r['dir']}")
 
-    mains = [[r for r in main if len(series(r, "val_loss")[0]) and len(series(r, "mean_pr")[0])]
-             for main, *_ in studies]
+    mains = [[r for r in main if series(r, "val_loss").size and series(r, "mean_pr").size] for main, *_ in studies]
     if len(folders) == 2:
-        figures = {f"compare_{draw.__name__}": draw(*mains, names=args) if all(map(by_arm, mains)) else None
+        both = all(by("arm", main) for main in mains)
+        figures = {f"compare_{draw.__name__}": draw(*mains, names=args) if both else None
                    for draw in (val_loss, mean_pr)}
     elif alone[0]:
         [run] = studies[0][0]
@@ -537,7 +439,7 @@ def main(args):
     drawn = [name for name, fig in figures.items() if fig]
     for name in drawn:
         save(figures[name], folder, name)
-    for name in [name for name in figures if name not in drawn]:
+    for name in sorted(figures.keys() - drawn):
         print(f"missing: {name}: no run has what it shows yet")
         for kind in "png", "svg":  # a figure of an earlier state would pass for one of this
             (folder / f"{name}.{kind}").unlink(missing_ok=True)
