@@ -56,8 +56,8 @@ def measure(cell, seeds, arms):
 
 
 def beside(S):
-    """(near, absent): near {arm: {lr, loss, pr: values at half, once and twice the rate of its main run}} of
-    the arms that have all three, and lines on what the stage `neighbours` lacks where it was begun."""
+    """(near, absent): near {arm: {loss, pr: values at half, once and twice the rate of its main run}} of the
+    arms that have all three, and lines on what the stage `neighbours` lacks where it was begun."""
     near, absent = {}, []
     seed = S["neighbours"][0]["config"]["seed"] if S["neighbours"] else None
     have = {(r["config"]["arm"], r["config"]["learning_rate"]): r for r in S["neighbours"]
@@ -71,7 +71,7 @@ def beside(S):
             absent += [f"neighbours run {study.run_name('neighbours', arm, x, seed)}"
                        for x, run in runs.items() if not run]
             if all(runs.values()):
-                near[arm] = dict(lr=lr, **{m: [final(r, m) for r in runs.values()] for m in post.MEASURES})
+                near[arm] = {m: [final(r, m) for r in runs.values()] for m in post.MEASURES}
     return near, absent
 
 

@@ -261,51 +261,14 @@ def differences(runs):
     return join(k for k in keys if any(r["config"].get(k) != runs[0]["config"].get(k) for r in runs))
 
 
-def sweep_table(S):
-    def cells(a):
-        if a not in S["picks"]:
-            return ["missing"] * 7
-        p, tried = S["picks"][a], S["picks"][a]["tried"]
-        lrs, losses = zip(*((t["lr"], t["val_loss"]) for t in tried))
-        at, fit = lrs.index(p["lr"]), stats.quadratic_fit(lrs, losses)
-        shown = [spread([np.inf if v is None else v for v in t["val_losses"]], 4) for t in tried]
-        below, chosen, above = ["none", *shown, "none"][at:at + 3]
-        tie = f"with {join((f'{lr:g}' for lr in p['tie']), ' and ')}" if p["tie"] else \
-            "no" if len(p["seeds"]) > 1 else "not known from one seed"
-        return (f"{p['lr']:g}", "yes" if p["bracketed"] else "**not bracketed**", chosen, below, above, tie,
-                f"{fit[1]:.4f} at {fit[0]:.3g}" if fit else "no minimum")
-
-    n = max((len(p["seeds"]) for p in S["picks"].values()), default=1)
-    return arms_table(S, ["Chosen LR", "Bracketed", "Val loss", "next LR below", "next LR above", "Tie",
-                          "Parabola's minimum"], cells,
-                      f"`chosen_lr.json`, {spread_words(n)}; the parabola goes through the best three points "
-                      "in log LR")
-
-
-def sweep_rule(S):
+def tuning(S):
     seeds = sorted({s for p in S["picks"].values() for s in p["seeds"]})
     tokens = sorted({r["config"]["max_tokens"] for r in S["sweep"]})
     return (f"Each arm has its own grid of learning rates, run for {join(map(count, tokens)) or 'no'} tokens "
-            f"with seed{'s' * (len(seeds) > 1)} {join(seeds) or 'not known'}. The lowest final val loss wins, "
-            f"with several seeds the lowest mean; then a neighbour whose mean is less than two standard errors "
-            f"of the difference higher is a tie. A winner at an edge gets points a factor of two further out, "
-            f"up to {MAX_EXTENSIONS} a side.")
-
-
-def rates_table(S, m):
-    """Each arm at half, once and twice its rate, at the main budget."""
-    def cells(a):
-        if a not in S["near"]:
-            return ["missing"] * 5
-        at = S["near"][a]
-        shown = ["diverged" if np.isinf(x) else f"{v:.{digits}f}" for v, x in zip(at[m], at["loss"])]
-        return f"{at['lr']:g}", *shown, words[int(np.argmin(at["loss"]))]
-
-    what, _, digits = MEASURES[m]
-    words = ["**no**, half is better", "yes", "**no**, twice is better"]
-    return arms_table(S, ["Chosen LR", f"{what[0].upper()}{what[1:]} at half", "at the chosen LR",
-                          "at twice", "Choice holds"], cells,
-                      "`neighbours/*/log.jsonl` and the main runs of the same seed")
+            f"with seed{'s' * (len(seeds) > 1)} {join(seeds) or 'not known'}. The lowest final val loss wins. "
+            f"Several seeds give its mean, and a tie where a neighbour is less than two standard errors of the "
+            f"difference higher. A winner at an edge gets points a factor of two further out, up to "
+            f"{MAX_EXTENSIONS} a side. Whether the choice holds at the main budget: figure 7 and section 8.")
 
 
 # ---- sections 3 and 4
@@ -332,22 +295,15 @@ def contrast_table(S, m):
 def resolution(S):
     """What the seeds of this study can resolve."""
     y, n, e = S["y"], len(S["seeds"]), S["verdict"][2]
-    if not e:
-        return "Not known without contrasts."
-    paired = [stats.seed_correlation({a: y[m][a] for a in FACTORIAL})["mean"] for m in MEASURES]
     cells = lambda m, c: [f"± {e[m, c]['half']:.{MEASURES[m][2]}f}",
                           f"{stats.detectable(e[m, c], n):.{MEASURES[m][2]}f}"]
     found = "found with 80 % power"
-    return paragraphs(
-        table(["Contrast", "Val loss, 95 %", found, "seeds for 0.01 nats", "Mean PR, 95 %", found],
-              [[NAMES[c], *cells("loss", c), stats.seeds_needed(y["loss"], CONTRASTS[c]), *cells("pr", c)]
-               for c in CONTRASTS],
-              "`post/stats.py`, from each arm's own spread; found: the true effect that such a study would "
-              "claim 8 times in 10, at the strictest of Holm's steps; seeds: for a 95 % interval of ± 0.01 "
-              "nats"),
-        # from two seeds each correlation is one or minus one
-        f"The mean correlation of two arms over the seeds that they share is {paired[0]:+.2f} on loss and "
-        f"{paired[1]:+.2f} on mean PR. No interval makes use of it." * (n > 2))
+    return table(
+        ["Contrast", "Val loss, 95 %", found, "seeds for 0.01 nats", "Mean PR, 95 %", found],
+        [[NAMES[c], *cells("loss", c), stats.seeds_needed(y["loss"], CONTRASTS[c]), *cells("pr", c)]
+         for c in CONTRASTS],
+        "`post/stats.py`, from each arm's own spread; found: the true effect that such a study would claim 8 "
+        "times in 10, at the strictest of Holm's steps; seeds: for a 95 % interval of ± 0.01 nats")
 
 
 def definitions(S):
@@ -419,8 +375,6 @@ def downstream(S):
     """Every evaluation, the results table of step 9, and what to hold them against."""
     results, seeds = S["results"], S["seeds"]
     cells = {(a, s): evaluations(S, a, s) for a, s in itertools.product(S["arms"], seeds)}
-    gaps = [abs(results[name]["val_loss"] - r["val_loss"]) for r in S["runs"]
-            if "val_loss" in results.get(name := r["dir"].name, {}) and r["status"] == "finished"]
 
     def means(a):
         for i, (task, metric) in enumerate(TASKS.items(), 1):
@@ -440,9 +394,7 @@ def downstream(S):
                    f"`chosen_lr.json`, {MAIN_LOGS}, `results.json`; {spread_words(len(seeds))}"),
         bullets([*sorted(why_not), "Chance on HellaSwag is 25 %.",
                  "GPT-2 124M in the same harness: HellaSwag acc 28.9 %, acc_norm 31.1 %; LAMBADA acc 32.56 %, "
-                 "ppl 40.06.",
-                 *[f"Evaluated again, final checkpoints differ from the logs' val loss by at most "
-                   f"{max(gaps, default=0):.4f} nats."] * bool(gaps)]),
+                 "ppl 40.06."]),
         S["scale"] == "80m" and sanity(S))
 
 
@@ -481,11 +433,11 @@ def reasons(conditions):
 
 
 def limitations(S):
-    c, n, near = S["config"], len(S["seeds"]), S["near"]
+    c, n, near, picks = S["config"], len(S["seeds"]), S["near"], S["picks"]
     named = lambda arms: join((LABELS[a] for a in arms), "; ")  # a label may hold a comma
-    wide = named(a for a, p in S["picks"].items() if not p["bracketed"])
-    ties = named(a for a, p in S["picks"].items() if p["tie"])
-    off = named(a for a, at in near.items() if min(at["loss"]) < at["loss"][1])
+    wide = named(a for a in picks if not picks[a]["bracketed"])
+    ties = named(a for a in picks if picks[a]["tie"])
+    off = named(a for a in near if min(near[a]["loss"]) < near[a]["loss"][1])
     events = [x for r in S["runs"] for x in r["events"]]
     restarts, flags = sum(x["event"] == "restart" for x in events), sum(bool(x.get("flags")) for x in events)
     return bullets(filter(None, [
@@ -498,13 +450,12 @@ def limitations(S):
         "Unknown whether this holds at a larger scale, on other data, or for longer training.",
         "QK-Norm works in production models (Gemma 3, Qwen3); nothing here tests the scale and stability "
         "they need it for.",
-        f"Learning rates were tuned on short runs (section 2). Weight decay ({c['weight_decay']:g}), batch "
-        f"size, betas and warmup are the same in all arms and were not tuned.",
+        f"Learning rates were tuned on short runs. Weight decay ({c['weight_decay']:g}), batch size, betas and "
+        f"warmup are the same in all arms and were not tuned.",
         f"PR is measured on {c['probe_tokens']:,} val tokens, and depends on its definition and on the "
         f"learning rate (section 4).",
         wide and f"Not bracketed, so perhaps not at its best learning rate: {wide}.",
-        ties and f"A tie between neighbouring learning rates, so that chance had a part in the choice: "
-                 f"{ties}.",
+        ties and f"A tie between neighbouring learning rates, so that chance had a part in the choice: {ties}.",
         off and f"At the main budget half or twice the chosen learning rate ended lower, in one seed: {off}.",
         not near and "No arm was trained at the rates beside its own for the main budget: how far an "
                      "effect is one of the learning rate is not known.",
@@ -541,13 +492,8 @@ def build(S):
         f"claim is kept at {ALPHA:g} over the six contrasts and what the scenarios need beyond them, by "
         f"Holm's steps and with p-values raised for few seeds; `post/stats.py` says how." +
         f" Contrasts, headline and verdict are about the 2x2; tables hold {others} too." * bool(others),
-        "### LR tuning methodology", sweep_rule(S),
+        "### LR tuning methodology", tuning(S),
         figure(S, 6, "Final val loss by learning rate; the star is the chosen one"),
-        sweep_table(S),
-        "### Does the choice hold at the main budget?",
-        f"Every arm was trained for the whole main budget at half and at twice its rate too, with seed "
-        f"{S['neighbours'][0]['config']['seed']}.\n\n{rates_table(S, 'loss')}" if S["near"] else
-        f"Not known: `bash sweep.sh {S['scale']} neighbours` was not run.",
 
         "## 3. Results: Loss",
         figure(S, 1, "Val loss over training"),
@@ -555,9 +501,9 @@ def build(S):
                    lambda a: [*(spread([x], 4) for x in y["loss"][a]), over_seeds(y, "loss", a)],
                    f"final val loss in nats a token, {MAIN_LOGS}; mean {spread_words(n)}"),
         contrast_table(S, "loss"),
-        "An interval may exclude zero and the decision still be 'undecided': an interval is for one "
-        "contrast, a decision for the whole family." if e else "",
-        f"### What {plural(n, 'seed')} can resolve", resolution(S),
+        *(["An interval may exclude zero and the decision still be 'undecided': an interval is for one "
+           "contrast, a decision for the whole family.",
+           f"### What {plural(n, 'seed')} can resolve", resolution(S)] if e else []),
         noise and "Evaluation noise is apart from this: the bootstrap over val sequences gives a standard "
                   f"error of at most {max(noise):.4f} nats for one run (`results.json`). It enters no "
                   "interval.",
@@ -574,7 +520,6 @@ def build(S):
         "A PR effect may be a learning-rate effect. Figure 7 shows PR at the end of every sweep run, and at "
         "the main budget where the stage `neighbours` was run.",
         figure(S, 7, "Val loss and mean PR against learning rate, of the sweep and at the main budget"),
-        rates_table(S, "pr") if S["near"] else "",
 
         "## 5. The Relationship Between Loss and PR",
         figure(S, 3, "Val loss against mean PR at each token checkpoint"),

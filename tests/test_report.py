@@ -197,7 +197,7 @@ def values(d, arm, name):
 
 def test_further_arms_are_tabled_and_change_no_verdict(six):
     text, S = (six / "report.md").read_text(), report.load(six)
-    for heading in ("configs and why", "### LR tuning", "### Does the choice", "## 3.", "side by side", "## 6.",
+    for heading in ("configs and why", "## 3.", "side by side", "## 6.",
                     "| Config | Best LR", "### Mechanism"):
         names = rows_of(text, heading)
         assert {study.LABELS[a] for a in [*study.FACTORIAL, *FROZEN]} <= names.keys(), heading
@@ -227,9 +227,6 @@ def test_each_arm_has_its_own_spread_and_the_study_says_what_it_can_resolve(six)
     for a in [*study.FACTORIAL, *FROZEN]:
         v = values(six, a, "loss")
         assert means[study.LABELS[a]][-1] == f"{v.mean():.4f} ± {v.std(ddof=1):.4f}"
-    pairs = [np.corrcoef(values(six, a, "loss"), values(six, b, "loss"))[0, 1]
-             for a, b in itertools.combinations(study.FACTORIAL, 2)]
-    assert f"{np.mean(pairs):+.2f} on loss" in text
     s2 = [np.var(values(six, a, "loss"), ddof=1) for a in study.FACTORIAL]
     se, dof = math.sqrt(sum(s2) / 12), sum(s2)**2 / sum(v * v / 2 for v in s2)
     half = scipy.stats.t.ppf(0.975, dof) * se
@@ -308,14 +305,13 @@ def test_rate_states_are_those_of_all_81_choices():
     ("none", dict(change={}), ["Muon lowers val loss", "holds at neighbouring rates, -"]),
     ("none", dict(change={A: (-0.5, 0.02)}), ["dependent on the learning rate: optimizer on val "
                                               "loss", "depends on the rate, -",
-                                              "ended lower, in one seed: AdamW.",
-                                              "| **no**, half is better |"]),
+                                              "ended lower, in one seed: AdamW."]),
     ("A", None, ["Muon provides implicit", "(neighbouring learning rates were not run)"]),
     ("A", dict(change={MQ: (-0.4, 0.02)}), ["# Scenario A at the chosen learning rates, but not at half and "
                                             "twice these",
                                             "scenario A of the plan, at the chosen learning rates but not "
                                             "beside them"]),
-    ("C", dict(diverged=["adamw-lr0.004"]), ["diverged"])])
+    ("C", dict(diverged=["adamw-lr0.004"]), ["# Scenario C at the chosen learning rates, but", "depends on the rate |"])])
 def test_a_headline_is_made_of_what_holds_at_neighbouring_rates(outcome, beside, said, tmp_path):
     S = report.load(make(tmp_path / "mini", arms=STUDIES[outcome], beside=beside, seeds=(42, 137, 7)))
     text = post.build(S)
@@ -331,20 +327,16 @@ def test_a_half_done_neighbours_stage_is_named_and_carries_nothing(tmp_path):
     shutil.rmtree(d / "neighbours/muon-lr0.032")
     S = report.load(d)
     assert "neighbours run muon-lr0.032" in S["absent"] and S["verdict"][0] == "none" and "not run" in S["title"]
-    assert rows_of(post.build(S), "### Does the choice")["Muon"][:1] == ["missing"]
+    assert "not run at neighbouring rates" in post.build(S) and "holds at neighbouring" not in post.build(S)
 
 
-def test_ties_and_sweep_seeds_stand_in_the_learning_rate_table(whole, tmp_path):
+def test_ties_and_sweep_seeds_are_told(whole, tmp_path):
     d = make(tmp_path / "mini", sweep_seeds=(1, 2, 3), noise=dict(loss=dict(adamw=0.2)))
     text, picks = post.build(report.load(d)), study.chosen(d)
     assert "with seeds 1, 2, 3. The lowest" in text
     tied = "; ".join(study.LABELS[a] for a, p in picks.items() if p["tie"])
     assert tied and f"so that chance had a part in the choice: {tied}." in text
-    for a, cells in zip(picks, rows_of(text, "### LR tuning").values()):
-        p, won = picks[a], next(t for t in picks[a]["tried"] if t["lr"] == picks[a]["lr"])
-        assert cells[2] == f"{np.mean(won['val_losses']):.4f} ± {np.std(won['val_losses'], ddof=1):.4f}"
-        assert cells[5] == (f"with {' and '.join(f'{x:g}' for x in p['tie'])}" if p["tie"] else "no")
-    assert "| not known from one seed |" in (whole / "report.md").read_text()
+    assert "with seed 1. The lowest" in (whole / "report.md").read_text()
 
 
 # ---- what else a folder may hold ----
@@ -427,7 +419,7 @@ def test_the_nine_sections_in_order_with_their_figures(whole):
 
 def test_every_cell_is_filled_or_marked(whole):
     rows = [line for line in (whole / "report.md").read_text().split("\n") if line.startswith("| ")]
-    assert len(rows) > 60
+    assert len(rows) > 50
     for line in rows:
         cells = [c.strip() for c in line.strip("|").split("|")]
         assert all(cells) and not {"nan", "inf", "None"} & set(cells), line
@@ -472,8 +464,6 @@ def test_small_scales_say_first_what_they_cannot_show_and_80m_checks_its_ranges(
 def test_learning_rates_say_where_they_are_not_bracketed(tmp_path):
     S = report.load(make(tmp_path / "mini", unbracketed=["muon"]))
     text = post.build(S)
-    row = next(line for line in text.split("\n") if line.startswith("| Muon |") and "bracketed" in line)
-    assert "**not bracketed**" in row and "| none |" in row
     assert "Not bracketed, so perhaps not at its best learning rate: Muon." in text
 
 
