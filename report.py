@@ -186,7 +186,7 @@ def registration_state(S):
                 "chosen with the results in reach.")
     begun, arms, seeds = len(old["main_runs_begun"]), old["arms"], old["sweep_seeds"]
     now = registration(S["scale"], arms, old["seeds"], seeds)
-    changed = [k.replace("_", " ") for k in now if k != "sha256" and old[k] != now[k]]
+    changed = [k.replace("_", " ") for k in now if k != "sha256" and old.get(k) != now[k]]
     then, files = old["sha256"], now["sha256"]
     edited = [f"`{f}`" for f in then | files if then.get(f) != files.get(f)]
     added = [LABELS[a] for a in S["arms"] if a not in arms]

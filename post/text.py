@@ -24,7 +24,6 @@ PR_DEFINITIONS = {
     "pr_weight": "W_K with the QK gain folded in, PR2 (needs no batch)"}
 WHY = {"adamw": "the baseline", "adamw_qk": "what QK-Norm changes under AdamW",
        "muon": "what Muon changes without QK-Norm", "muon_qk": "whether QK-Norm still matters under Muon"}
-OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
 NAMES = {"optimizer": "Muon minus AdamW", "qk_norm": "QK-Norm: with minus without",
          "interaction": "Interaction: QK-Norm's effect under Muon minus under AdamW"}
 # name, unit (PR: of the head dim), digits
@@ -249,7 +248,7 @@ def configs_table(S):
         c = S["configs"][a]
         norm = "no" if not c["qk_norm"] else "yes" if c["qk_gain"] else "yes, gains frozen at one"
         first = (ROOT / f"config/{a}.py").read_text(encoding="utf-8").split("\n")[0]  # of a further arm
-        return OPTIMIZERS.get(c["optimizer"], c["optimizer"]), norm, WHY.get(a, first.strip("# ."))
+        return LABELS.get(c["optimizer"], c["optimizer"]), norm, WHY.get(a, first.strip("# ."))
 
     return arms_table(S, ["Hidden matrices", "QK-Norm", "Why"], cells, "`config.json` of the runs, `config/`")
 
@@ -376,7 +375,9 @@ def downstream(S):
     results, seeds = S["results"], S["seeds"]
     cells = {(a, s): evaluations(S, a, s) for a, s in itertools.product(S["arms"], seeds)}
 
-    def means(a):
+    def line(a):  # of the results table
+        yield f"{S['picks'][a]['lr']:g}" if a in S["picks"] else "missing"
+        yield from (over_seeds(S["y"], m, a) for m in MEASURES)
         for i, (task, metric) in enumerate(TASKS.items(), 1):
             words = [cells[a, s][i] for s in seeds if not cells[a, s][i][0].isdigit()]
             yield words[0] if words else \
@@ -389,19 +390,12 @@ def downstream(S):
               [[LABELS[a], s, *found] for (a, s), found in cells.items()],
               "`results.json`; HellaSwag 10-shot acc_norm, LAMBADA 0-shot last-word accuracy, ± standard "
               "error over examples"),
-        arms_table(S, ["Best LR", "Val Loss", "Mean PR", "HellaSwag", "LAMBADA"],
-                   lambda a: [*summary(S, a), *means(a)],
+        arms_table(S, ["Best LR", "Val Loss", "Mean PR", "HellaSwag", "LAMBADA"], line,
                    f"`chosen_lr.json`, {MAIN_LOGS}, `results.json`; {spread_words(len(seeds))}"),
         bullets([*sorted(why_not), "Chance on HellaSwag is 25 %.",
                  "GPT-2 124M in the same harness: HellaSwag acc 28.9 %, acc_norm 31.1 %; LAMBADA acc 32.56 %, "
                  "ppl 40.06."]),
         S["scale"] == "80m" and sanity(S))
-
-
-def summary(S, arm):
-    """Best learning rate, val loss and mean PR of an arm, as strings."""
-    lr = f"{S['picks'][arm]['lr']:g}" if arm in S["picks"] else "missing"
-    return lr, *(over_seeds(S["y"], m, arm) for m in MEASURES)
 
 
 def sanity(S):

@@ -311,7 +311,8 @@ def test_rate_states_are_those_of_all_81_choices():
                                             "twice these",
                                             "scenario A of the plan, at the chosen learning rates but not "
                                             "beside them"]),
-    ("C", dict(diverged=["adamw-lr0.004"]), ["# Scenario C at the chosen learning rates, but", "depends on the rate |"])])
+    ("C", dict(diverged=["adamw-lr0.004"]), ["# Scenario C at the chosen learning rates, but",
+                                             "depends on the rate |"])])
 def test_a_headline_is_made_of_what_holds_at_neighbouring_rates(outcome, beside, said, tmp_path):
     S = report.load(make(tmp_path / "mini", arms=STUDIES[outcome], beside=beside, seeds=(42, 137, 7)))
     text = post.build(S)
@@ -662,10 +663,7 @@ def test_a_fresh_draft_passes(whole, capsys):
     (lambda t: t.replace("## 7. Discussion\n", "## 7. Discussion\n\nThis proves it.\n"), "The word "
                                                                                          "'proves'", "proves"),
     (lambda t: t.replace("figures/1_val_loss.png", "figures/other.png"), "Loss curves", "no image"),
-    (lambda t: re.sub(r"## 8. Limitations.*?(?=## 9)", "", t, flags=re.S), "Limitations are "
-                                                                           "there", "no section"),
-    (lambda t: t.replace("Gemma 3", "Gemma 2"), "Limitations are there", "Gemma"),
-    (lambda t: re.sub(r"^- 2 seeds:.*$", "- Some runs.", t, flags=re.M), "Limitations are there", "seeds"),
+    (lambda t: re.sub(r"## 8. Limitations.*?(?=## 9)", "", t, flags=re.S), "Limitations section", "no section"),
     (lambda t: re.sub("^# .*", "# QK-Norm is harmful", t), "Title matches", "harmful"),
     (lambda t: t.replace("**Verdict: none**", "**Verdict: A**"), "Title matches", "the runs give none")])
 def test_the_review_finds(edit, line, place, whole, tmp_path, capsys):
