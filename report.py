@@ -147,8 +147,8 @@ def registration(scale, arms, seeds, sweep_seeds):
         neighbours_rule="where every arm of the 2x2 was also trained at half and at twice its rate, a "
                         "headline is made of those contrasts alone whose sign holds when each arm is given "
                         "any of its three rates",
-        measures={"loss": "final val loss, nats a token", "pr": "mean_pr at the end, mean over heads and "
-                                                                "layers"},
+        measures={"loss": "final val loss, nats a token",
+                  "pr": "mean_pr at the end, mean over heads and layers"},
         contrasts=stats.CONTRASTS, alpha=stats.ALPHA, statistics=" ".join(stats.__doc__.split()),
         thresholds=dict(loss_margin=stats.LOSS_MARGIN, pr_margin=stats.PR_MARGIN, collapse=stats.COLLAPSE,
                         caution=stats.CAUTION, max_logit=study.LOGIT_FLAG),

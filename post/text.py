@@ -116,7 +116,7 @@ def rate_states(near, e):
         if name == "best":
             arm, sign = e[m, name]["arm"], -1 if m == "loss" else 1
             leads = [stats.rate_range(values, {arm: sign, b: -sign})[0] for b in FACTORIAL if b != arm]
-            low, high = min(leads), np.inf
+            low, high = min(leads), np.inf  # how far it may lead is not shown
         else:
             low, high = stats.rate_range(values, CONTRASTS[name])
         holds = low > 0 if e[m, name]["effect"] > 0 else high < 0
@@ -132,7 +132,9 @@ def grade(S, m, name):
     """Which of GRADES a contrast or 'best' has. A headline is made of what is resolved alone: under every
     definition, and at neighbouring rates where these were run."""
     e = S["verdict"][2][m, name]
-    return GRADES[3 if not e["claimed"] else 2 if not e["holds"] else S["rates"][m, name][0] == DEPENDS]
+    if not e["holds"]:
+        return "dependent on the definition" if e["claimed"] else "undecided"
+    return "dependent on the learning rate" if S["rates"][m, name][0] == DEPENDS else "resolved"
 
 
 def claim(S, m, name, numbers=True):
@@ -140,10 +142,11 @@ def claim(S, m, name, numbers=True):
     called one."""
     e, (what, unit, digits) = S["verdict"][2], MEASURES[m]
     up = e[m, name]["effect"] > 0
-    subject = {"optimizer": "Muon", "qk_norm": "QK-Norm"}.get(name)
-    said = f"{subject} {'raises' if up else 'lowers'} {what}" + " on average" * e[m, "interaction"]["claimed"]
     if name == "interaction":
         said = f"QK-Norm's effect on {what} is {'higher' if up else 'lower'} under Muon than under AdamW"
+    else:
+        subject, average = "Muon" if name == "optimizer" else "QK-Norm", e[m, "interaction"]["claimed"]
+        said = f"{subject} {'raises' if up else 'lowers'} {what}" + " on average" * average
     by = f" by {effect(e[m, name], digits).lstrip('+-')} {unit.format(head_dim(S['config']))}"
     return said + by * numbers
 
@@ -176,11 +179,11 @@ def title(S):
                  if stats.logit_control(S["y"]["logit"]) else
                  "Muon without QK-Norm has the lowest loss and the highest participation ratio of keys")
     elif outcome == "B":  # the plan's speaks of a collapse by QK-Norm, and of little loss
-        pr, lowers = S["y"]["pr"], e["pr", "qk_norm"]["effect"] < 0
-        collapse = lowers and pr["muon_qk"].mean() <= stats.COLLAPSE * pr["muon"].mean()
+        pr = {a: S["y"]["pr"][a].mean() for a in FACTORIAL}
+        collapse = (grade(S, "pr", "qk_norm") == "resolved" and e["pr", "qk_norm"]["effect"] < 0
+                    and pr["muon_qk"] <= stats.COLLAPSE * pr["muon"])
         words = ("QK-Norm causes measurable dimensional collapse, but the impact on performance is limited"
-                 if collapse and grade(S, "pr", "qk_norm") == "resolved" and
-                 abs(e["loss", "qk_norm"]["effect"]) < stats.LOSS_MARGIN else
+                 if collapse and abs(e["loss", "qk_norm"]["effect"]) < stats.LOSS_MARGIN else
                  "Muon without QK-Norm has the highest participation ratio of keys, without a lead on loss,")
     elif outcome == "C":
         words = ("High-dimensional keys may be unnecessary: AdamW + QK-Norm has the lowest loss despite "
