@@ -3,13 +3,14 @@
     python report.py out/SCALE                 writes report.md, report.html and experiment_config.md there
     python report.py --check out/SCALE/report.md   the plan's self-review of the edited post
     python report.py --preregister out/SCALE   writes preregistered.json, before the first main run
-    python report.py --config SCALE            prints experiment_config.md of a scale
 
 An edited report.md is never written over: the new draft goes to report.new.md beside it, and report.html
-shows the edited one. """
+shows the edited one.
+"""
 import base64
 import hashlib
 import inspect
+import itertools
 import json
 import re
 import sys
@@ -22,10 +23,10 @@ import torch
 import model
 import muon
 import study
-from configurator import ROOT, assignments, fail, find
+from configurator import ROOT, fail, find
 from post import review, stats
 from post import text as post
-from post.text import FIGURES, PR_DEFINITIONS, join, last
+from post.text import FIGURES, PR_DEFINITIONS, join
 from study import FACTORIAL, LABELS, SCALES, read_json
 from system import write_text
 
@@ -36,77 +37,92 @@ TOKENIZERS = {50304: "GPT-2 BPE (50,257 ids, the model's table padded to 50,304)
 
 
 # ---- what is there
-def measure(runs, seeds, arms):
-    """y {name: {arm: (n seeds,)}} of the runs' final values, nan where a run is missing or unfinished."""
-    cell = {(r["config"]["arm"], r["config"]["seed"]): r for r in runs}
-    value = lambda a, s, name: last(cell[a, s], name) if (a, s) in cell else np.nan
+def final(run, name):
+    """Final value of a run: 'loss' (inf where diverged), 'logit' (the largest over layers and all rows) or
+    the mean over layers of what layer_values() takes; nan where the run has none."""
+    if name == "loss":
+        return np.nan if run["val_loss"] is None else run["val_loss"]
+    if name == "logit":
+        return max((x for row in run["rows"] if (x := study.largest_logit(row)) is not None), default=np.nan)
+    values = study.layer_values(run["rows"][-1], name) if run["status"] == "finished" else []
+    return float(np.mean(np.array(values or [np.nan], float)))  # None becomes nan
+
+
+def measure(cell, seeds, arms):
+    """y {name: {arm: (n seeds,)}} of final(), nan where a run is missing or unfinished."""
+    value = lambda a, s, name: final(cell[a, s], name) if (a, s) in cell else np.nan
     return {name: {a: np.array([value(a, s, name) for s in seeds]) for a in arms}
             for name in ("loss", "logit", "attn_entropy", *PR_DEFINITIONS)}
 
 
-def evaluated(path):
-    """{run name: its evaluations} of results.json, {} where there is none."""
-    runs = read_json(path, {}).get("runs", {})
-    if not isinstance(runs, dict) or not all(isinstance(r, dict) for r in runs.values()):
-        raise ValueError(f"{path} holds no evaluations: delete it and run evaluate.py again")
-    return runs
-
-
-def registered(path):
-    """preregistered.json, {} where there is none."""
-    old = read_json(path, {})
-    if path.exists() and not {"written", "seeds", "main_runs_begun"} <= old.keys():
-        raise ValueError(f"{path} holds no registration: restore it, or delete it and say so in the post")
-    return old
-
-
 def beside(S):
-    """(near, absent): near {arm: {lr, loss, pr: values at half, once and twice the rate of its main run}} of
-    the arms that have all three, and lines on what the stage `neighbours` lacks where it was begun."""
+    """(near, absent): near {arm: {loss, pr: values at half, once and twice the rate of its main run}} of the
+    arms that have all three, and lines on what the stage `neighbours` lacks where it was begun."""
     near, absent = {}, []
     seed = S["neighbours"][0]["config"]["seed"] if S["neighbours"] else None
     have = {(r["config"]["arm"], r["config"]["learning_rate"]): r for r in S["neighbours"]
-            if r["config"]["seed"] == seed}
+            if r["config"]["seed"] == seed and r["status"] != "unfinished"}
     for arm in S["arms"]:
         main = S["cell"].get((arm, seed))
-        if not main or main["status"] == "unfinished":  # named as missing already
-            continue
-        lr = main["config"]["learning_rate"]
-        low, high = study.neighbour_lrs(lr)
-        runs = {low: have.get((arm, low)), lr: main, high: have.get((arm, high))}
-        late = [x for x, r in runs.items() if not r or r["status"] == "unfinished"]
-        absent += [f"neighbours run {study.run_name('neighbours', arm, x, seed)}" for x in late]
-        if not late:
-            near[arm] = dict(lr=[*runs], **{m: [last(r, m) for r in runs.values()] for m in post.MEASURES})
+        if main and main["status"] != "unfinished":  # else it is named as missing already
+            lr = main["config"]["learning_rate"]
+            low, high = study.neighbour_lrs(lr)
+            runs = {low: have.get((arm, low)), lr: main, high: have.get((arm, high))}
+            absent += [f"neighbours run {study.run_name('neighbours', arm, x, seed)}"
+                       for x, run in runs.items() if not run]
+            if all(runs.values()):
+                near[arm] = {m: [final(r, m) for r in runs.values()] for m in post.MEASURES}
     return near, absent
+
+
+def missing(S):
+    """What a whole study would have and this one has not, as two lists of lines: of the 2x2, without which
+    there is no verdict, and of other arms."""
+    swept = {(r["config"]["arm"], r["config"]["learning_rate"], r["config"]["seed"]): r for r in S["sweep"]}
+    out = [], []
+    for a in S["arms"]:
+        lines = out[a not in FACTORIAL]
+        rates = sorted({*study.grid(S["scale"], a), *(lr for b, lr, _ in swept if a == b)})
+        seeds = (S["picks"].get(a, {}).get("seeds") or S["registered"].get("sweep_seeds")
+                 or study.sweep_seeds(S["scale"]))
+        runs = {f"sweep run {study.run_name('sweep', a, lr, s)}": swept.get((a, lr, s))
+                for lr, s in itertools.product(rates, seeds)}
+        runs |= {f"main run {a}-seed{s}": S["cell"].get((a, s)) for s in S["seeds"]}
+        lines += [f"{name}: {'unfinished' if run else 'not started'}" for name, run in runs.items()
+                  if not run or run["status"] == "unfinished"]
+        lines += [f"{a}: no learning rate chosen"] * (a not in S["picks"])
+        lines += [f"evaluation of {name} (results.json)" for s in S["seeds"]
+                  if (name := f"{a}-seed{s}") not in S["results"]
+                  and S["cell"].get((a, s), {}).get("status") == "finished"]
+    return out
 
 
 def load(study_dir):
     """Everything the report is made from, as a dict; ValueError or OSError in one line where a file is
     damaged."""
-    d, left_out = Path(study_dir), []
-    runs, sweep, near = (study.load_runs(d, kind, left_out.append) for kind in study.KINDS)
-    S = dict(dir=d, runs=runs, sweep=sweep, neighbours=near, picks=study.chosen(d),
-             results=evaluated(d / "results.json"), registered=registered(d / "preregistered.json"),
-             left_out=[line.removeprefix(f"{d}/") for line in left_out])
+    d = Path(study_dir)
+    runs, sweep, near = (study.load_runs(d, kind, print) for kind in study.KINDS)
     if not runs and not sweep:
-        raise ValueError(f"{d} holds no run: start the study with `bash sweep.sh`, or name another folder" +
-                         (f" ({left_out[0]})" if left_out else ""))
+        raise ValueError(f"{d} holds no run: start the study with `bash sweep.sh`, or name another folder")
+    S = dict(dir=d, runs=runs, sweep=sweep, neighbours=near, config=(runs or sweep)[0]["config"],
+             picks={a: p for a, p in study.chosen(d).items() if a in LABELS},
+             results=read_json(d / "results.json", {}).get("runs", {}),
+             registered=read_json(d / "preregistered.json", {}))
+    S["scale"] = S["config"]["scale"]
+    if S["scale"] not in SCALES:
+        raise ValueError(f"{d} is of scale {S['scale']}, which study.py does not know: add its row there")
     planned = S["registered"].get("seeds", study.SEEDS)
     S["seeds"] = sorted({*planned, *(r["config"]["seed"] for r in runs)}, key=lambda s: (s not in planned, s))
-    S["config"] = (runs or sweep)[0]["config"]
-    S["scale"] = S["config"]["scale"]
     due = {*study.arms_of(runs, sweep), *S["registered"].get("arms", []), *FACTORIAL}
     S["arms"] = [a for a in LABELS if a in due]
     S["cell"] = {(r["config"]["arm"], r["config"]["seed"]): r for r in runs}
     of = {r["config"]["arm"]: r["config"] for r in sweep + runs}
-    keys = lambda a: {k: v for k, v, *_ in assignments(ROOT / f"config/{a}.py")}  # of an arm without runs
-    S["configs"] = {a: of.get(a) or S["config"] | keys(a) for a in S["arms"]}
-    S["y"] = measure(runs, S["seeds"], S["arms"])
+    S["configs"] = {a: of.get(a) or study.scale_config(S["scale"], a) for a in S["arms"]}
+    S["y"] = measure(S["cell"], S["seeds"], S["arms"])
     S["diverged"] = {a: k for a in FACTORIAL if (k := int(np.isinf(S["y"]["loss"][a]).sum()))}
     S["missing"], others = missing(S)
     S["near"], late = beside(S)
-    S["absent"] = others + late + [f"figure {name}: run `python plot.py {d}`" for name in FIGURES[:6]
+    S["absent"] = others + late + [f"figure {name}: run `python plot.py {d}`" for name in FIGURES
                                    if not (d / f"figures/{name}.png").exists()]
     if S["missing"]:
         fact = f"{len(S['missing'])} parts are missing, named at the top"
@@ -117,30 +133,6 @@ def load(study_dir):
     S["title"], S["registration"] = post.title(S), registration_state(S)
     S["experiment_config"] = experiment_config(S["config"], S["configs"], runs)
     return S
-
-
-def missing(S):
-    """What a whole study would have and this one has not, as two lists of lines: of the 2x2, without which
-    there is no verdict, and of other arms."""
-    key = lambda c: (c["arm"], c["learning_rate"], c["seed"])
-    swept = {key(r["config"]): r["status"] for r in S["sweep"]}
-    ran, out = sorted({seed for _, _, seed in swept}), ([], [])
-    for a in S["arms"]:
-        lines = out[a not in FACTORIAL]
-        rates = study.grid(S["scale"], a) if a in SCALES.get(S["scale"], {}).get("grids", {}) else []
-        seeds = S["picks"].get(a, {}).get("seeds") or S["registered"].get("sweep_seeds") or ran
-        for lr in sorted({*rates, *(lr for b, lr, _ in swept if a == b)}):
-            for seed in seeds or [study.FIRST_SWEEP_SEED]:
-                if (status := swept.get((a, lr, seed), "not started")) in ("not started", "unfinished"):
-                    lines.append(f"sweep run {study.run_name('sweep', a, lr, seed)}: {status}")
-        lines += [f"{a}: no learning rate chosen"] * (a not in S["picks"])
-        for s in S["seeds"]:
-            status = S["cell"][a, s]["status"] if (a, s) in S["cell"] else "not started"
-            if status in ("not started", "unfinished"):
-                lines.append(f"main run {a}-seed{s}: {status}")
-            elif status == "finished" and f"{a}-seed{s}" not in S["results"]:
-                lines.append(f"evaluation of {a}-seed{s} (results.json)")
-    return out
 
 
 # ---- registration
@@ -155,8 +147,8 @@ def registration(scale, arms, seeds, sweep_seeds):
         neighbours_rule="where every arm of the 2x2 was also trained at half and at twice its rate, a "
                         "headline is made of those contrasts alone whose sign holds when each arm is given "
                         "any of its three rates",
-        measures={"loss": "final val loss, nats a token", "pr": "mean_pr at the end, mean over heads and "
-                                                                "layers"},
+        measures={"loss": "final val loss, nats a token",
+                  "pr": "mean_pr at the end, mean over heads and layers"},
         contrasts=stats.CONTRASTS, alpha=stats.ALPHA, statistics=" ".join(stats.__doc__.split()),
         thresholds=dict(loss_margin=stats.LOSS_MARGIN, pr_margin=stats.PR_MARGIN, collapse=stats.COLLAPSE,
                         caution=stats.CAUTION, max_logit=study.LOGIT_FLAG),
@@ -169,12 +161,11 @@ def registration(scale, arms, seeds, sweep_seeds):
 def preregister(study_dir):
     """Write preregistered.json unless it is there. ValueError for a folder that is no study's."""
     d = find(study_dir) if find(study_dir).exists() else ROOT / study_dir
-    scale = d.resolve().name
+    scale, path = d.resolve().name, d / "preregistered.json"
     if scale not in SCALES or d.resolve().parent.name != "out":
         raise ValueError(f"{study_dir} is no out/SCALE of a known scale ({join(SCALES)}): nothing was "
                          "registered")
-    path = d / "preregistered.json"
-    if registered(path):
+    if path.exists():
         print(f"{path} is there: nothing to do")
         return
     begun = sorted(r["dir"].name for r in study.load_runs(d, say=print))
@@ -193,29 +184,25 @@ def registration_state(S):
     if not old:
         return ("Nothing was registered: `preregistered.json` is not there, so the contrasts may have been "
                 "chosen with the results in reach.")
-    begun, arms = old["main_runs_begun"], old.get("arms", FACTORIAL)
-    words = [f"`preregistered.json` was written {old['written']}, " +
-             (f"after {len(begun)} main runs had begun." if begun else "before the first main run.")]
-    if S["scale"] in SCALES:
-        known = [a for a in arms if a in SCALES[S["scale"]]["grids"]]
-        now = registration(S["scale"], known, old["seeds"], old.get("sweep_seeds"))
-        then, files = old.get("sha256", {}), now.pop("sha256")
-        changed = [k.replace("_", " ") for k in now if old.get(k) != now[k]]
-        edited = [f"`{f}`" for f in then | files if then.get(f) != files.get(f)]
-        words.append(f"Since then changed: {join(changed)}." if changed else
-                     "Contrasts, thresholds, seeds, grids and the definitions of PR are unchanged.")
-        words += [f"Not the registered file, to the byte: {join(edited)}."] * bool(edited)
-    else:
-        words.append(f"The scale {S['scale']} is no more in study.py, so what changed since is not known.")
-    if extra := [LABELS[a] for a in S["arms"] if a not in arms]:
-        words.append(f"Arms that were not registered: {join(extra, '; ')}.")
+    begun, arms, seeds = len(old["main_runs_begun"]), old["arms"], old["sweep_seeds"]
+    now = registration(S["scale"], arms, old["seeds"], seeds)
+    changed = [k.replace("_", " ") for k in now if k != "sha256" and old.get(k) != now[k]]
+    then, files = old["sha256"], now["sha256"]
+    edited = [f"`{f}`" for f in then | files if then.get(f) != files.get(f)]
+    added = [LABELS[a] for a in S["arms"] if a not in arms]
     ran = sorted({r["config"]["seed"] for r in S["sweep"]})
-    if ran and ran != sorted(due := old.get("sweep_seeds", ran)):
-        words.append(f"Registered seeds of the sweep: {join(due)}; of its runs: {join(ran)}.")
-    if set(S["seeds"]) != set(old["seeds"]):
-        words.append(f"Registered seeds: {join(old['seeds'])}; seeds in this report: {join(S['seeds'])}. "
-                     f"Seeds added after a first look make the intervals too narrow.")
-    return join(words, " ")
+    return join(filter(None, [
+        f"`preregistered.json` was written {old['written']}, " +
+        (f"after {begun} main runs had begun." if begun else "before the first main run."),
+        f"Since then changed: {join(changed)}." if changed else
+        "Contrasts, thresholds, seeds, grids and the definitions of PR are unchanged.",
+        edited and f"Not the registered file, to the byte: {join(edited)}.",
+        added and f"Arms that were not registered: {join(added, '; ')}.",
+        ran and ran != sorted(seeds) and
+        f"Registered seeds of the sweep: {join(seeds)}; of its runs: {join(ran)}.",
+        {*S["seeds"]} != {*old["seeds"]} and
+        f"Registered seeds: {join(old['seeds'])}; seeds in this report: {join(S['seeds'])}. Seeds added after "
+        f"a first look make the intervals too narrow."]), " ")
 
 
 # ---- experiment_config.md
@@ -291,54 +278,35 @@ def experiment_config(c, configs, runs=()):
     return join(lines, "\n")
 
 
-def scale_config(scale):
-    """experiment_config.md of a scale as config/SCALE.py and train.py's defaults set it."""
-    if scale not in SCALES:
-        raise ValueError(f"scale {scale!r} is not known: choose one of {join(SCALES)}")
-    return experiment_config(study.scale_config(scale), {a: study.scale_config(scale, a) for a in study.ARMS})
-
-
 # ---- files
 CSS = """
-body { margin: 0 auto; max-width: 57rem; padding: 2rem 1.25rem 4rem; color: #1b1f24; background: #fff;
-  font: 1.0625rem/1.6 system-ui, sans-serif; overflow-wrap: break-word; color-scheme: light }
-h1 { font-size: 1.9rem; line-height: 1.25 }
-h2 { margin: 2.75rem 0 .75rem; padding-top: .75rem; border-top: 1px solid #d8dee4 }
-h1, h2, h3 { break-after: avoid }
-img { display: block; max-width: 100%; margin: 1rem auto }
-p:has(> img) { break-after: avoid }
-p:has(> em:only-child) { font-size: .875rem; color: #57606a }
-table { display: block; overflow-x: auto; border-collapse: collapse; font-size: .8125rem; line-height: 1.4 }
-th, td { padding: .4rem .5rem; border-bottom: 1px solid #d8dee4; vertical-align: top; text-align: left }
+body { margin: auto; max-width: 57rem; padding: 2rem; font: 1.05rem/1.6 system-ui, sans-serif }
+img { display: block; max-width: 100%; margin: auto }
+table { display: block; overflow-x: auto; border-collapse: collapse; font-size: .8rem }
+th, td { padding: .4rem .5rem; border-bottom: 1px solid #d8dee4; text-align: left }
 td[style*=right] { white-space: nowrap; font-variant-numeric: tabular-nums }
-td:first-child { min-width: 8.5rem }
-tr, blockquote { break-inside: avoid }
 blockquote { margin: 1rem 0; padding: .5rem 1rem; border-left: 4px solid #9a6700; background: #fff8e5 }
-pre { padding: .75rem 1rem; background: #f6f8fa; font-size: .8125rem; white-space: pre-wrap }
-@media (max-width: 30rem) { h1 { font-size: 1.5rem } td { min-width: 4.5rem } }
-@media print { @page { margin: 1.6cm } body { max-width: none; padding: 0; font-size: 10pt }
-  table { display: table; font-size: 6.5pt } th, td { padding: .15rem .25rem }
-  td:first-child { min-width: 0 } img { max-height: 11cm } }
+pre { white-space: pre-wrap }
+@media print { body { padding: 0; font-size: 10pt } img { max-height: 11cm }
+  table { display: table; font-size: 6.5pt } th, td { padding: .15rem .25rem } }
 """
 
 
 def html(text, study_dir):
     """One self-contained page of a Markdown post: figures become data URIs."""
     import markdown
-    body = markdown.markdown(text, extensions=["tables", "fenced_code", "sane_lists"])
 
     def inline(match):
-        path = (Path(study_dir) / match[1]).with_suffix(".png")
-        if not path.exists():
-            return match[0]
-        return f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"'
+        path = (study_dir / match[1]).with_suffix(".png")
+        data = path.exists() and base64.b64encode(path.read_bytes()).decode()
+        return f'src="data:image/png;base64,{data}"' if data else match[0]
 
-    body = re.sub(r'src="(figures/[^"]+)"', inline, body)
     heading = re.search(r"^# (.*)", text, re.M)
-    return (f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<meta name="viewport" '
-            f'content="width=device-width, initial-scale=1">\n'
-            f"<title>{heading[1] if heading else 'Report'}</title>\n<style>{CSS}</style>\n</head>\n<body>\n"
-            f"{body}\n</body>\n</html>\n")
+    body = markdown.markdown(text, extensions=["tables", "fenced_code", "sane_lists"])
+    return (f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
+            f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f"<title>{heading[1] if heading else 'Report'}</title>\n<style>{CSS}</style>\n" +
+            re.sub(r'src="(figures/[^"]+)"', inline, body) + "\n")
 
 
 def stamp(text):
@@ -360,35 +328,28 @@ def report(study_dir):
     write_text(S["dir"] / "report.html", html(old if edited else text, S["dir"]))
     for line in S["missing"] + S["absent"]:
         print(f"missing: {line}")
-    for line in S["left_out"]:
-        print(f"left out: {line}")
-    rows = [["config", "best LR", "val loss", "mean PR"], *post.summary(S)]
-    widths = [max(len(row[i]) for row in rows) + 2 for i in range(4)]
-    print("\n".join("".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows))
     print(f"verdict: {S['verdict'][0]}. {S['title']}")
-    stays = f"{path} has been edited and stays; the new draft is {draft.name} beside it"
-    print(stays if edited else f"the post: {path}")
+    print(f"{path} has been edited and stays; the new draft is {draft.name} beside it" if edited else
+          f"the post: {path}")
     print(f"to read in a browser or print: {path.with_suffix('.html')}; figures: {S['dir'] / 'figures'}")
 
 
-def main():
-    args = sys.argv[1:]
+def main(args):
     try:
-        if len(args) == 2 and args[0] == "--check":
-            path = find(args[1])
-            sys.exit(review.check(path, load(path.parent)))
-        elif len(args) == 2 and args[0] == "--preregister":
-            preregister(args[1])
-        elif len(args) == 2 and args[0] == "--config":
-            print(scale_config(args[1]), end="")
-        elif len(args) == 1 and not args[0].startswith("-"):
-            report(find(args[0]))
-        else:
-            fail("usage: python report.py out/SCALE, or --check out/SCALE/report.md, --preregister "
-                 "out/SCALE, --config SCALE")
+        match args:
+            case ["--check", name]:
+                path = find(name)
+                sys.exit(review.check(path, load(path.parent)))
+            case ["--preregister", name]:
+                preregister(name)
+            case [name] if not name.startswith("-"):
+                report(find(name))
+            case _:
+                fail("usage: python report.py out/SCALE, or --check out/SCALE/report.md, "
+                     "--preregister out/SCALE")
     except (ValueError, OSError) as e:
         fail(e)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -14,54 +14,46 @@ NUMBER = re.compile(r"(?<![\w.,/:=#])[+\-−]?(\d[\d,]*(?:\.\d+)?|\.\d+)(e[+\-]?
 
 
 def numbers(text):
-    """[(line number, as written, value, half a unit of its last digit, 'M', '%', ...)] of a Markdown text;
-    headings' own numbers, code, links, names such as GPT-2 and enumeration are no claims."""
-    found, fenced = [], False
+    """[(line number, as written, value, half a unit of its last digit, significant digits)] of a Markdown
+    text; headings' own numbers, code, links, names such as GPT-2 and enumeration are no claims."""
+    found = []
     for n, line in enumerate(text.split("\n"), 1):
-        fenced ^= line.startswith("```")
         line = re.sub(r"`[^`]*`|\]\([^)]*\)|<!--.*?-->|https?://\S+|arXiv:\S+|doi:\S+", " ", line)
-        line = re.sub(r"^\s*(?:#+\s*)?\d+\.\s", " ", line)
-        line = re.sub(r"\b(?:Figure|Plot|Step|step|section|Gemma) \d+", " ", line)
+        line = re.sub(r"^\s*(?:#+\s*)?\d+\.\s|\b(?:Figure|Plot|Step|step|section|Gemma) \d+", " ", line)
         line = re.sub(r"(?<=\d)\s*[–-]\s*(?=\d)", " ", line)
         for m in NUMBER.finditer(line):
-            digits, power, suffix = m[1].replace(",", ""), m[2] or "", m[3] or ""
-            scale = {"M": 1e6, "k": 1e3, "B": 1e9}.get(suffix, 1) * float("1" + (power or "e0"))
-            half = 0.5 * 10.0 ** -len(digits.partition(".")[2]) * scale
-            found.append((n, m[0].strip(), float(digits) * scale, half, suffix,
-                          len(digits.replace(".", "").lstrip("0"))))
+            digits = m[1].replace(",", "")
+            unit = {"M": 1e6, "k": 1e3, "B": 1e9}.get(m[3], 1) * float("1" + (m[2] or "e0"))
+            half = 0.5 * 10.0 ** -len(digits.partition(".")[2])
+            significant = len(digits.replace(".", "").lstrip("0"))
+            found.append((n, m[0].strip(), float(digits) * unit, half * unit, significant))
     return found
 
 
 def values(obj):
-    """All finite numbers in a JSON object."""
-    if isinstance(obj, dict):
-        return [x for v in obj.values() for x in values(v)]
-    if isinstance(obj, (list, tuple)):
-        return [x for v in obj for x in values(v)]
-    number = isinstance(obj, (int, float)) and not isinstance(obj, bool) and np.isfinite(obj)
-    return [float(obj)] if number else []
-
-
-def near(pool, value, half):
-    """Whether the ascending pool holds a number that rounds to value."""
-    i = np.searchsorted(pool, abs(value) - half * (1 + 1e-9))
-    return i < len(pool) and pool[i] <= abs(value) + half * (1 + 1e-9)
+    """The size of every finite number in a JSON object."""
+    if isinstance(obj, (dict, list)):
+        return [x for v in (obj.values() if isinstance(obj, dict) else obj) for x in values(v)]
+    return [abs(obj)] if type(obj) in (int, float) and np.isfinite(obj) else []
 
 
 def unsupported(text, S):
     """[(line, number as written)] that no result, log or table holds at the digits written. A number that is
     only in the middle of a log has to carry four digits: with fewer some row fits any number."""
+    def holds(pool, value, half):
+        i = np.searchsorted(pool, value - half * (1 + 1e-9))
+        return i < len(pool) and pool[i] <= value + half * (1 + 1e-9)
+
     runs = S["runs"] + S["sweep"] + S["neighbours"]
-    kept = [r["rows"][-1] for r in runs if r["rows"]]
-    kept += [row for pairs in post.checkpoints(S["runs"]).values() for _, row in pairs]
-    held = [kept, [r["config"] for r in runs], S["results"], S["picks"], S["registered"]]
+    kept = [[r["config"], r["events"], r["rows"][-1:]] for r in runs]
     tables = [value for _, _, value, *_ in numbers(post.build(S))]
-    ascending = lambda found: np.sort(np.abs(found))
-    strong, logs = ascending(values(held) + tables), ascending(values([r["rows"] for r in runs]))
+    strong = np.sort(values([kept, S["results"], S["picks"], S["registered"], tables]))
+    logs = np.sort(values([r["rows"] for r in runs]))
     bad = []
-    for line, written, value, half, suffix, digits in numbers(text):
-        tries = [(value, half)] + [(value / 100, half / 100)] * (suffix == "%")
-        if not any(near(strong, v, h) or digits >= 4 and near(logs, v, h) for v, h in tries):
+    for line, written, value, half, digits in numbers(text):
+        part = 0.01 if written.endswith("%") else 1  # a share may be in percent
+        if not any(holds(strong, value * k, half * k) or digits >= 4 and holds(logs, value * k, half * k)
+                   for k in (1, part)):
             bad.append((line, written))
     return bad
 
@@ -70,10 +62,10 @@ def tuned(S, text):
     """What is wrong with the choice of the learning rates, as lines."""
     bad = [f"{LABELS[a]}: no learning rate was chosen" for a in S["arms"] if a not in S["picks"]]
     for a, p in S["picks"].items():
-        ended = sum(t["status"] != "unfinished" for t in p["tried"])
-        bad += [f"{LABELS.get(a, a)}: only {ended} learning rates ended"] * (ended < 3)
+        if len(p["tried"]) < 3:
+            bad.append(f"{LABELS[a]}: only {len(p['tried'])} learning rates ended")
         if not p["bracketed"] and not re.search("not bracketed", text, re.I):
-            bad.append(f"{LABELS.get(a, a)} is not bracketed and the post does not say so")
+            bad.append(f"{LABELS[a]} is not bracketed and the post does not say so")
     for r in S["runs"]:
         lr, pick = r["config"]["learning_rate"], S["picks"].get(r["config"]["arm"])
         if pick and not np.isclose(pick["lr"], lr):
@@ -81,35 +73,10 @@ def tuned(S, text):
     return bad
 
 
-def check(path, S):
-    """Print the self-review of the post at path against its study; the exit status, 0 where no line fails."""
-    text, c, lines = path.read_text(encoding="utf-8"), S["config"], []
-
-    def say(what, bad, judge=None):
-        lines.append("FAIL" if bad else "PERSON" if judge else "pass")
-        print("\n       ".join([f"{lines[-1]:<7}{what}", *(bad or [judge] * bool(judge))]))
-
-    say("Every number is in results, logs or tables",
-        [f"line {line}: {number} is in no result, log or table" for line, number in unsupported(text, S)])
-    say("Every claim is backed by a plot or number", [],
-        "the numbers are checked above; whether the words go beyond them is yours to judge")
-    say("LR was tuned independently per config", tuned(S, text))
-    shown = re.search(r"!\[[^\]]*\]\((figures/1_val_loss\.\w+)\)", text)
-    say("Loss curves are shown", ["no image of figures/1_val_loss in the post"] if not shown else
-        [] if (path.parent / shown[1]).exists() else
-        [f"{shown[1]} is not there: run `python plot.py {path.parent}`"])
-    limits = re.search(r"^## [^\n]*limitations[^\n]*\n(.*?)(?=^## |\Z)", text, re.M | re.S | re.I)
-    facts = {"parameters": re.escape(post.count(c["num_params"])), "seeds": rf"\b{len(S['seeds'])} seed",
-             "tokens": re.escape(post.count(c["max_tokens"])), "one architecture": "architecture",
-             "larger scale": "scale", "QK-Norm in production (Gemma 3)": "Gemma 3"}
-    say("Limitations are there", ["no section named Limitations"] if not limits else
-        [f"limitations do not name: {name}" for name, pattern in facts.items()
-         if not re.search(pattern, limits[1], re.I)])
-    say("Limitations section is honest", [], "whether it says what you know to be weak is yours to judge")
-    say("The word 'proves' does not occur", [f"line {k}: {m[0]}" for k, line in enumerate(text.split("\n"), 1)
-                                             for m in re.finditer(FORBIDDEN, line, re.I)])
-    heading, verdict = re.search(r"^# (.*)", text, re.M), S["verdict"][0]
-    bad, judge = [], None
+def headline(S, text):
+    """What of title and verdict line the runs do not carry, as lines, and what a person has to judge."""
+    heading, said = re.search(r"^# (.*)", text, re.M), re.search(r"^\*\*Verdict: (.+?)\*\*", text, re.M)
+    verdict, bad, judge = S["verdict"][0], [], None
     if not heading:
         bad = ["no title: the first heading has to be `# ...`"]
     elif heading[1].strip() != S["title"]:
@@ -118,13 +85,37 @@ def check(path, S):
         if verdict in ("D", "no verdict"):
             bad.append(f"the verdict is {verdict}: the title has to say so, as in {S['title']!r}")
         judge = f"the title was edited; the verdict's own is {S['title']!r}"
-    said = re.search(r"^\*\*Verdict: (.+?)\*\*", text, re.M)
     if not said or said[1] != verdict:
         bad.append(f"the post's verdict line is {said[1] if said else 'missing'}, the runs give {verdict}")
-    say("Title matches what was found", bad, judge)
-    todo = [f"line {k}" for k, line in enumerate(text.split("\n"), 1) if line.startswith(post.TODO)]
-    say("Marked places are written", [], f"still to be written: {', '.join(todo)}" if todo else None)
-    say("Someone who disagrees would still say the experiment was fair", [], "yours to judge")
-    failed = lines.count("FAIL")
-    print(f"{failed} of {len(lines)} lines fail, {lines.count('PERSON')} are a person's to judge")
-    return 1 if failed else 0
+    return bad, judge
+
+
+def check(path, S):
+    """Print the self-review of the post at path against its study; the exit status, 0 where no line fails."""
+    text = path.read_text(encoding="utf-8")
+    shown = re.search(r"!\[[^\]]*\]\((figures/1_val_loss\.\w+)\)", text)
+    curves = shown and (path.parent / shown[1]).exists()
+    limits = re.search(r"^## [^\n]*limitations", text, re.M | re.I)
+    lines = list(enumerate(text.split("\n"), 1))
+    todo = [f"line {n}" for n, line in lines if line.startswith(post.TODO)]
+    review = [  # what is looked at, what is wrong, what a person has to judge
+        ("Every number is in results, logs or tables",
+         [f"line {n}: {number} is in no result, log or table" for n, number in unsupported(text, S)], None),
+        ("Every claim is backed by a plot or number", [],
+         "the numbers are checked above; whether the words go beyond them is yours to judge"),
+        ("LR was tuned independently per config", tuned(S, text), None),
+        ("Loss curves are shown", [] if curves else
+         [f"no image of figures/1_val_loss in the post, or no such file: run `python plot.py {path.parent}`"], None),
+        ("Limitations section is honest", [] if limits else ["no section named Limitations"],
+         "whether it says what you know to be weak is yours to judge"),
+        ("The word 'proves' does not occur",
+         [f"line {n}: {m[0]}" for n, line in lines for m in re.finditer(FORBIDDEN, line, re.I)], None),
+        ("Title matches what was found", *headline(S, text)),
+        ("Marked places are written", [], f"still to be written: {', '.join(todo)}" if todo else None),
+        ("Someone who disagrees would still say the experiment was fair", [], "yours to judge")]
+    states = ["FAIL" if bad else "PERSON" if judge else "pass" for _, bad, judge in review]
+    for state, (what, bad, judge) in zip(states, review):
+        print("\n       ".join([f"{state:<7}{what}", *(bad or filter(None, [judge]))]))
+    failed = states.count("FAIL")
+    print(f"{failed} of {len(review)} lines fail, {states.count('PERSON')} are a person's to judge")
+    return int(failed > 0)

@@ -41,7 +41,7 @@ def make(folder, evaluated=True, figures=True, **kw):
         (d / "results.json").write_text(json.dumps(dict(runs=runs)))
     if figures:
         (d / "figures").mkdir()
-        for name in post.FIGURES[:6]:
+        for name in post.FIGURES:
             (d / f"figures/{name}.png").write_bytes(b"\x89PNG")
     return d
 
@@ -102,7 +102,7 @@ def test_scenario_a_without_logits_does_not_speak_of_them(tmp_path):
     S = report.load(make(tmp_path / "mini", arms=STUDIES["A"]))
     for run in S["runs"]:
         run["rows"] = [{k: v for k, v in row.items() if not k.startswith("max_logit")} for row in run["rows"]]
-    S["y"] = report.measure(S["runs"], S["seeds"], S["arms"])
+    S["y"] = report.measure(S["cell"], S["seeds"], S["arms"])
     assert S["verdict"][0] == "A" and "logit" not in post.title(S)
 
 
@@ -175,7 +175,6 @@ def six(tmp_path_factory):
              sweep_seeds=(1, 2, 3), beside={},
              noise=dict(loss=dict(adamw=0.004, adamw_qk=0.02, muon=0.001, muon_qk=0.002),
                         pr=dict(adamw=0.1, adamw_qk=0.9, muon=0.4, muon_qk=0.2)))
-    (d / "figures/7_rates.png").write_bytes(b"\x89PNG")
     report.report(d)
     return d
 
@@ -198,18 +197,16 @@ def values(d, arm, name):
 
 def test_further_arms_are_tabled_and_change_no_verdict(six):
     text, S = (six / "report.md").read_text(), report.load(six)
-    for heading in ("configs and why", "### LR tuning", "### Does the choice", "## 3.", "### What 3 seeds",
-                    "side by side", "## 6.", "| Config | Best LR"):
+    for heading in ("configs and why", "## 3.", "side by side", "## 6.",
+                    "| Config | Best LR", "### Mechanism"):
         names = rows_of(text, heading)
         assert {study.LABELS[a] for a in [*study.FACTORIAL, *FROZEN]} <= names.keys(), heading
     assert "| Muon | no |" in text and "| Muon | yes, gains frozen at one |" in text and "### The 6 configs" in text
-    assert len(rows_of(text, "### A. Every pair")) == 15 and "about 6 points" in text
-    four = dict(S, runs=[r for r in S["runs"] if r["config"]["arm"] in study.FACTORIAL])
-    y = report.measure(four["runs"], S["seeds"], study.FACTORIAL)
+    assert "18 runs" in text and "about 6 points" in text
+    y = report.measure(S["cell"], S["seeds"], study.FACTORIAL)
     assert stats.verdict(y, {}, head_dim=64)[:2] == S["verdict"][:2]
-    assert not any("frozen" in part for part in (S["title"], post.tldr(S), text.split("### What the "
-                                                                                      "contrasts")[1]
-                                                 .split("### Mechanism")[0]))
+    decided = text.split("### What the contrasts")[1].split("### Mechanism")[0]
+    assert not any("frozen" in part for part in (S["title"], post.tldr(S), decided))
 
 
 def test_a_further_arm_that_lacks_runs_takes_no_verdict_away(six, tmp_path):
@@ -217,7 +214,8 @@ def test_a_further_arm_that_lacks_runs_takes_no_verdict_away(six, tmp_path):
     shutil.copytree(six, d)
     shutil.rmtree(d / "muon_qk_frozen-seed7")
     S = report.load(d)
-    (d / "preregistered.json").write_text(json.dumps(dict(written="then", seeds=[42, 137, 7], main_runs_begun=[])))
+    fixed = report.registration("mini", [*study.FACTORIAL, *FROZEN], [42, 137, 7], [1, 2, 3])
+    (d / "preregistered.json").write_text(json.dumps(fixed | dict(written="then", main_runs_begun=[])))
     assert S["verdict"][0] != "no verdict" and "main run muon_qk_frozen-seed7: not started" in S["absent"]
     shutil.rmtree(d / "muon_qk-seed7")
     assert report.load(d)["verdict"][0] == "no verdict"
@@ -225,18 +223,15 @@ def test_a_further_arm_that_lacks_runs_takes_no_verdict_away(six, tmp_path):
 
 def test_each_arm_has_its_own_spread_and_the_study_says_what_it_can_resolve(six):
     text = (six / "report.md").read_text()
-    spreads, power = rows_of(text, "### What 3 seeds"), rows_of(text, "The mean correlation")
+    means, power = rows_of(text, "## 3."), rows_of(text, "### What 3 seeds")
     for a in [*study.FACTORIAL, *FROZEN]:
-        assert spreads[study.LABELS[a]] == [f"{np.std(values(six, a, 'loss'), ddof=1):.4f}",
-                                            f"{np.std(values(six, a, 'pr'), ddof=1):.2f}"]
-    pairs = [np.corrcoef(values(six, a, "loss"), values(six, b, "loss"))[0, 1]
-             for a, b in itertools.combinations(study.FACTORIAL, 2)]
-    assert f"{np.mean(pairs):+.2f} on loss" in text
+        v = values(six, a, "loss")
+        assert means[study.LABELS[a]][-1] == f"{v.mean():.4f} ± {v.std(ddof=1):.4f}"
     s2 = [np.var(values(six, a, "loss"), ddof=1) for a in study.FACTORIAL]
     se, dof = math.sqrt(sum(s2) / 12), sum(s2)**2 / sum(v * v / 2 for v in s2)
     half = scipy.stats.t.ppf(0.975, dof) * se
     assert power["Muon minus AdamW"][0] == f"± {half:.4f}" and int(power["Muon minus AdamW"][2]) >= 2
-    assert f"± {half:.4f}" in rows_of(text.split("## 3.")[1], "| Contrast")["Muon minus AdamW"][0]
+    assert f"± {half:.4f}" in rows_of(text, "| Contrast, nats")["Muon minus AdamW"][0]
 
 
 def test_frozen_gains_have_their_own_table_under_every_definition(six, whole):
@@ -260,16 +255,22 @@ def test_of_the_head_dim_that_the_runs_have(tmp_path):
     assert "of 32" in text and "of 64" not in text and "Head dim: 32" in text
 
 
-def test_why_a_further_arm_is_there_is_its_config_file_s_first_line():
+def test_why_a_further_arm_is_there_is_its_config_file_s_first_line(six):
     first = (ROOT / "config/muon_qk_frozen.py").read_text().split("\n")[0]
-    assert post.why("muon_qk_frozen") == first[2:].rstrip(".") and post.why("adamw") == "the baseline"
+    table = rows_of((six / "report.md").read_text(), "configs and why")
+    assert table["Muon + QK-Norm, frozen"][2] == first[2:].rstrip(".") and table["AdamW"][2] == "the baseline"
+
+
+def test_the_number_behind_figure_3(six):
+    pr, loss = (np.array([values(six, a, name) for a in [*study.FACTORIAL, *FROZEN]]) for name in ("pr", "loss"))
+    over_runs, over_arms = np.corrcoef(pr.ravel(), loss.ravel())[0, 1], np.corrcoef(pr.mean(1), loss.mean(1))[0, 1]
+    assert f"is {over_runs:+.2f} over 18 runs and {over_arms:+.2f} over the means" in (six / "report.md").read_text()
 
 
 def test_only_a_smaller_scale_is_told_what_it_cannot_show():
     plan = dict(post.PLAN, scale="80m")
     assert post.scale_note(plan) == ""
-    big = post.scale_note(dict(plan, scale="1b", num_params=10**9))
-    assert "1B parameters" in big and "cannot" not in big
+    assert post.scale_note(dict(plan, scale="1b", num_params=10**9)) == ""
     short = post.scale_note(dict(plan, max_tokens=10**8))
     assert "cannot show what happens" in short and "HellaSwag" not in short
     assert "HellaSwag" in post.scale_note(dict(plan, num_params=10**6))
@@ -300,18 +301,18 @@ def test_rate_states_are_those_of_all_81_choices():
 
 
 @pytest.mark.parametrize("outcome, beside, said", [
-    ("none", None, ["were not run", "at the chosen learning rates alone", "not run at neighbouring rates"]),
+    ("none", None, ["were not run", "not run at neighbouring rates"]),
     ("none", dict(change={}), ["Muon lowers val loss", "holds at neighbouring rates, -"]),
     ("none", dict(change={A: (-0.5, 0.02)}), ["dependent on the learning rate: optimizer on val "
                                               "loss", "depends on the rate, -",
-                                              "ended lower, in one seed: AdamW.",
-                                              "| **no**, half is better |"]),
+                                              "ended lower, in one seed: AdamW."]),
     ("A", None, ["Muon provides implicit", "(neighbouring learning rates were not run)"]),
     ("A", dict(change={MQ: (-0.4, 0.02)}), ["# Scenario A at the chosen learning rates, but not at half and "
                                             "twice these",
                                             "scenario A of the plan, at the chosen learning rates but not "
                                             "beside them"]),
-    ("C", dict(diverged=["adamw-lr0.004"]), ["diverged"])])
+    ("C", dict(diverged=["adamw-lr0.004"]), ["# Scenario C at the chosen learning rates, but",
+                                             "depends on the rate |"])])
 def test_a_headline_is_made_of_what_holds_at_neighbouring_rates(outcome, beside, said, tmp_path):
     S = report.load(make(tmp_path / "mini", arms=STUDIES[outcome], beside=beside, seeds=(42, 137, 7)))
     text = post.build(S)
@@ -327,44 +328,31 @@ def test_a_half_done_neighbours_stage_is_named_and_carries_nothing(tmp_path):
     shutil.rmtree(d / "neighbours/muon-lr0.032")
     S = report.load(d)
     assert "neighbours run muon-lr0.032" in S["absent"] and S["verdict"][0] == "none" and "not run" in S["title"]
-    assert rows_of(post.build(S), "### Does the choice")["Muon"][:1] == ["missing"]
+    assert "not run at neighbouring rates" in post.build(S) and "holds at neighbouring" not in post.build(S)
 
 
-def test_ties_and_sweep_seeds_stand_in_the_learning_rate_table(whole, tmp_path):
+def test_ties_and_sweep_seeds_are_told(whole, tmp_path):
     d = make(tmp_path / "mini", sweep_seeds=(1, 2, 3), noise=dict(loss=dict(adamw=0.2)))
     text, picks = post.build(report.load(d)), study.chosen(d)
-    assert "with seeds 1, 2, 3. The lowest mean" in text
+    assert "with seeds 1, 2, 3. The lowest" in text
     tied = "; ".join(study.LABELS[a] for a, p in picks.items() if p["tie"])
     assert tied and f"so that chance had a part in the choice: {tied}." in text
-    for a, cells in zip(picks, rows_of(text, "### LR tuning").values()):
-        p, won = picks[a], next(t for t in picks[a]["tried"] if t["lr"] == picks[a]["lr"])
-        assert cells[2] == f"{np.mean(won['val_losses']):.4f} ± {np.std(won['val_losses'], ddof=1):.4f}"
-        assert cells[5] == (f"with {' and '.join(f'{x:g}' for x in p['tie'])}" if p["tie"] else "no")
-    assert "| not known from one seed |" in (whole / "report.md").read_text()
+    assert "with seed 1. The lowest" in (whole / "report.md").read_text()
 
 
 # ---- what else a folder may hold ----
 
-def test_an_old_study_is_still_made_and_says_what_changed(tmp_path):
+def test_what_changed_since_the_registration_is_said(tmp_path):
     d = make(tmp_path / "out/mini", arms=STUDIES["A"])
-    picks = json.loads((d / "chosen_lr.json").read_text())
-    for p in picks.values():
-        for key in ("tie", "seeds"):
-            del p[key]
-        p.update(seed=1, tried=[{k: v for k, v in t.items() if k != "val_losses"} for t in p["tried"]])
-    (d / "chosen_lr.json").write_text(json.dumps(picks))
-    now = report.registration("mini", study.FACTORIAL, [42, 137], [1])
-    gone = ("arms", "sweep_seeds", "statistics", "neighbours_rule", "sha256")
-    old = {k: v for k, v in now.items() if k not in gone} | dict(
-        sweep_seed=1, family="pooled", stats_sha256="0" * 64, written="2025-01-01", main_runs_begun=[], sweep_tokens=1)
+    old = report.registration("mini", study.FACTORIAL, [42, 137], [1]) | dict(
+        statistics="pooled", sweep_tokens=1, written="2025-01-01", main_runs_begun=[])
+    old["sha256"] |= {"post/stats.py": "0" * 64}
     (d / "preregistered.json").write_text(json.dumps(old))
-    for path in d.glob("**/config.json"):  # from before some keys
-        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "qk_gain"}))
     report.report(d)
     text = (d / "report.md").read_text()
-    assert "Since then changed: arms, sweep tokens, neighbours rule, statistics." in text
-    assert "Not the registered file, to the byte: `post/stats.py`, `config/mini.py`" in text
-    assert "**Verdict: A**" in text and "Arms that were not registered" not in text
+    assert "Since then changed: sweep tokens, statistics." in text and "**Verdict: A**" in text
+    assert "Not the registered file, to the byte: `post/stats.py`." in text
+    assert "Arms that were not registered" not in text
     assert review.check(d / "report.md", report.load(d)) == 0
 
 
@@ -376,14 +364,12 @@ def test_a_study_under_another_name_is_that_of_its_runs(whole, tmp_path):
     assert (d / "report.md").read_text() == (whole / "report.md").read_text()
 
 
-def test_a_study_of_a_scale_that_is_no_more_is_still_made(tmp_path):
+def test_a_study_of_a_scale_that_is_no_more_ends_in_one_line(tmp_path):
     d = make(tmp_path / "9b", arms=STUDIES["A"])
     for path in d.glob("**/config.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | dict(scale="9b")))
-    old = report.registration("mini", study.FACTORIAL, [42, 137], [1])
-    (d / "preregistered.json").write_text(json.dumps(old | dict(written="2025-01-01", main_runs_begun=[])))
-    text = post.build(report.load(d))
-    assert "**Verdict: A**" in text and "The scale 9b is no more in study.py" in text
+    with pytest.raises(ValueError, match="scale 9b, which study.py does not know"):
+        report.load(d)
 
 
 @pytest.mark.parametrize("spoil, words", [
@@ -397,18 +383,18 @@ def test_one_bad_folder_is_named_and_does_not_block_the_rest(whole, tmp_path, ca
     shutil.copytree(whole, d)
     spoil(d)
     report.report(d)
-    text = (d / "report.md").read_text()
-    assert f"> - {words}" in text and f"left out: {words}" in capsys.readouterr().out and "**Verdict: none**" in text
+    assert f"{d}/{words}" in capsys.readouterr().out and "**Verdict: none**" in (d / "report.md").read_text()
     assert report.load(d)["y"]["loss"][M].tolist() == report.load(whole)["y"]["loss"][M].tolist()
 
 
-@pytest.mark.parametrize("name", ["chosen_lr.json", "preregistered.json", "results.json"])
-@pytest.mark.parametrize("content", ["", "[]", '{"runs": 3, "muon": 4}'])
-def test_a_foreign_file_is_named_in_one_line(name, content, whole, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, content", [
+    *itertools.product(["chosen_lr.json", "preregistered.json", "results.json"], ["", "[]"]),
+    ("chosen_lr.json", '{"muon": 4}')])
+def test_a_foreign_file_is_named_in_one_line(name, content, whole, tmp_path):
     d = tmp_path / "mini"
     shutil.copytree(whole, d)
     (d / name).write_text(content)
-    message = fail(monkeypatch, d)
+    message = fail(d)
     assert message.startswith("error: ") and name in message and "\n" not in message
 
 
@@ -422,7 +408,7 @@ SECTIONS = ["TLDR", "Experimental Setup", "Results: Loss", "Results: Representat
 def test_the_nine_sections_in_order_with_their_figures(whole):
     text = (whole / "report.md").read_text()
     assert re.findall(r"^## \d\. (.*)", text, re.M) == SECTIONS
-    for part, numbers in (2, [6]), (3, [1]), (4, [2, 5, 4]), (5, [3]):
+    for part, numbers in (2, [6]), (3, [1]), (4, [2, 4, 5, 7]), (5, [3]):
         body = text.split(f"\n## {part}. ")[1].split("\n## ")[0]
         assert sorted(re.findall(r"\]\(figures/(\d)_", body)) == sorted(map(str, numbers))
     tldr = text.split("## 1. TLDR")[1].split("**Verdict")[0]
@@ -434,7 +420,7 @@ def test_the_nine_sections_in_order_with_their_figures(whole):
 
 def test_every_cell_is_filled_or_marked(whole):
     rows = [line for line in (whole / "report.md").read_text().split("\n") if line.startswith("| ")]
-    assert len(rows) > 60
+    assert len(rows) > 50
     for line in rows:
         cells = [c.strip() for c in line.strip("|").split("|")]
         assert all(cells) and not {"nan", "inf", "None"} & set(cells), line
@@ -479,8 +465,6 @@ def test_small_scales_say_first_what_they_cannot_show_and_80m_checks_its_ranges(
 def test_learning_rates_say_where_they_are_not_bracketed(tmp_path):
     S = report.load(make(tmp_path / "mini", unbracketed=["muon"]))
     text = post.build(S)
-    row = next(line for line in text.split("\n") if line.startswith("| Muon |") and "bracketed" in line)
-    assert "**not bracketed**" in row and "| none |" in row
     assert "Not bracketed, so perhaps not at its best learning rate: Muon." in text
 
 
@@ -488,7 +472,7 @@ def test_main_runs_that_differ_in_more_than_the_design_are_named(tmp_path):
     d = make(tmp_path / "mini")
     path = d / "muon-seed42/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | dict(weight_decay=0.2)))
-    assert "The main runs also differ in: weight_decay." in post.build(report.load(d))
+    assert "learning rate and seed, and in weight_decay." in post.build(report.load(d))
 
 
 def test_what_is_not_finite_is_shown_as_such(tmp_path):
@@ -498,13 +482,14 @@ def test_what_is_not_finite_is_shown_as_such(tmp_path):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     for line in lines[-4:]:
         line.update({k: None for k in line if k.startswith(("val_loss", "mean_pr", "pr_", "max_logit"))})
-        line.update(dict(nan=True) if "nan" in line else {})
+        line.update(dict(nan=True, flags=["not finite"]) if "nan" in line else {})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     S = report.load(d)
-    assert "| not finite" in post.build(S) and S["verdict"][0] == "D" and np.isfinite(S["y"]["logit"][M]).all()
+    assert "1 spot check during training" in post.build(S) and S["verdict"][0] == "D"
+    assert np.isfinite(S["y"]["logit"][M]).all()
 
 
-def test_spot_checks_that_found_something_and_restarts_are_listed(tmp_path):
+def test_spot_checks_that_found_something_and_restarts_are_limitations(whole, tmp_path):
     d = make(tmp_path / "mini")
     path = d / "muon-seed42/log.jsonl"
     lines = path.read_text().splitlines()
@@ -513,20 +498,17 @@ def test_spot_checks_that_found_something_and_restarts_are_listed(tmp_path):
     lines += ['{"event": "restart", "step": 77, "tokens": 1, "reason": "loss not finite"}']
     path.write_text("\n".join(lines) + "\n")
     S = report.load(d)
-    text = post.build(S).split("### B. Spot checks")[1]
-    assert "- Muon, seed 42: restart at step 77, loss not finite" in text
-    assert "1 restart after a loss" in post.limitations(S)
     flagged = [e for r in S["runs"] for e in r["events"] if e["event"] == "spot_check" and e["flags"]]
-    assert f"48 spot checks, {len(flagged)} with flags. All are in" in text and len(flagged) < 40
-    assert len(re.findall(r"^\| .*, seed \d+ \| ", text, re.M)) == len(flagged)
-    assert re.search(r"^\| Muon, seed 42 \| .* \| not finite \| .* \| not finite \|$", text, re.M)
+    said = post.limitations(S)
+    assert "1 restart after a loss" in said and len(flagged) < 40
+    assert f"- {len(flagged)} spot check" in said and "(step 6) found something" in said
 
 
 def test_html_is_one_file_and_has_every_table_and_figure(whole):
     page = (whole / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 6 and not re.search(r'(?:src|href)="(?!data:)', page)
+    assert page.count("data:image/png;base64,") == 7 and not re.search(r'(?:src|href)="(?!data:)', page)
     text = (whole / "report.md").read_text()
-    assert page.count("<table>") == len(re.findall(r"^\| ---", text, re.M)) and page.count("<h2>") == 10
+    assert page.count("<table>") == len(re.findall(r"^\| ---", text, re.M)) and page.count("<h2>") == 9
 
 
 def test_an_edited_post_is_never_written_over(whole, tmp_path):
@@ -550,9 +532,17 @@ STEP_1 = ["Model", "Parameters", "Layers", "Heads", "Head dim", "Vocab size", "C
           "QK-Norm placement", "Weight decay", "Batch size", "Warmup steps", "LR schedule", "Gradient clipping"]
 
 
+CONFIG = ("report.experiment_config(study.scale_config({0!r}), "  # what a scale sets, without a run
+          "{{a: study.scale_config({0!r}, a) for a in study.FACTORIAL}})")
+
+
+def config_of(scale):
+    return eval(CONFIG.format(scale))
+
+
 @pytest.mark.parametrize("scale", study.SCALES)
 def test_every_field_of_step_1_is_filled(scale):
-    text = report.scale_config(scale)
+    text = config_of(scale)
     fields = dict(line.split(": ", 1) for line in text.split("```")[1].strip().split("\n"))
     assert set(STEP_1) <= set(fields) and all(v.strip()
                                               for v in fields.values()) and "?" not in text and "None" not in text
@@ -564,7 +554,7 @@ def test_every_field_of_step_1_is_filled(scale):
 
 def test_the_committed_experiment_config_is_the_80m_scale_s():
     path = ROOT / "experiment_config.md"
-    assert path.read_text() == report.scale_config("80m"), "run: python report.py --config 80m > experiment_config.md"
+    assert path.read_text() == config_of("80m"), f"write what {CONFIG.format('80m')} gives into {path}"
 
 
 TWEAKS = {  # field: (file, old, new, words of the new line)
@@ -589,10 +579,10 @@ def test_a_tweak_cannot_make_experiment_config_lie(tmp_path):
         (tmp_path / name).write_text(text.replace(old, new, 1))
 
     def fields():
-        out = subprocess.run([sys.executable, tmp_path / "report.py", "--config", "mini"], capture_output=True,
-                             text=True)
+        ask = f"import report, study; print({CONFIG.format('mini')})"
+        out = subprocess.run([sys.executable, "-c", ask], cwd=tmp_path, capture_output=True, text=True)
         return dict(line.split(": ", 1) for line in out.stdout.split("```")[1].strip().split("\n"))
-    before = report.scale_config("mini")
+    before = config_of("mini")
     for name, old, new, _ in TWEAKS.values():
         edit(name, old, new)
     rotate = "        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)\n"
@@ -673,10 +663,7 @@ def test_a_fresh_draft_passes(whole, capsys):
     (lambda t: t.replace("## 7. Discussion\n", "## 7. Discussion\n\nThis proves it.\n"), "The word "
                                                                                          "'proves'", "proves"),
     (lambda t: t.replace("figures/1_val_loss.png", "figures/other.png"), "Loss curves", "no image"),
-    (lambda t: re.sub(r"## 8. Limitations.*?(?=## 9)", "", t, flags=re.S), "Limitations are "
-                                                                           "there", "no section"),
-    (lambda t: t.replace("Gemma 3", "Gemma 2"), "Limitations are there", "Gemma"),
-    (lambda t: re.sub(r"^- 2 seeds:.*$", "- Some runs.", t, flags=re.M), "Limitations are there", "seeds"),
+    (lambda t: re.sub(r"## 8. Limitations.*?(?=## 9)", "", t, flags=re.S), "Limitations section", "no section"),
     (lambda t: re.sub("^# .*", "# QK-Norm is harmful", t), "Title matches", "harmful"),
     (lambda t: t.replace("**Verdict: none**", "**Verdict: A**"), "Title matches", "the runs give none")])
 def test_the_review_finds(edit, line, place, whole, tmp_path, capsys):
@@ -725,16 +712,12 @@ def run(*args):
     return subprocess.run([sys.executable, ROOT / "report.py", *map(str, args)], capture_output=True, text=True)
 
 
-def test_the_last_lines_name_verdict_table_and_files(whole, tmp_path, capsys):
+def test_the_last_lines_name_verdict_and_files(whole, tmp_path, capsys):
     report.report(edited(whole, tmp_path, lambda text: text + "Mine.\n").parent)
     out = capsys.readouterr().out
     S = report.load(whole)
     assert f"verdict: none. {S['title']}" in out
     assert "report.new.md" in out and "report.html" in out and "figures" in out
-    for a in study.FACTORIAL:
-        line = next(x for x in out.split("\n") if x.startswith(study.LABELS[a] + "  "))
-        assert f"{study.chosen(whole)[a]['lr']:g} " in line and f"{S['y']['loss'][a].mean():.4f}" in line
-        assert f"{S['y']['pr'][a].mean():.2f}" in line
 
 
 def test_from_another_folder_the_project_s_study_is_meant(tmp_path, monkeypatch):
@@ -746,17 +729,15 @@ def test_from_another_folder_the_project_s_study_is_meant(tmp_path, monkeypatch)
     report.preregister("out/mini")
     assert (tmp_path / "project/out/mini/preregistered.json").exists() and not list((tmp_path / "elsewhere").iterdir())
     make(tmp_path / "project/out/mini")
-    monkeypatch.setattr(sys, "argv", ["report.py", "out/mini"])
     monkeypatch.setattr(report, "report", (asked := []).append)
-    report.main()
+    report.main(["out/mini"])
     assert asked == [tmp_path / "project/out/mini"]
 
 
-def fail(monkeypatch, *args):
+def fail(*args):
     """The message that report.py ends with, called in this process."""
-    monkeypatch.setattr(sys, "argv", ["report.py", *map(str, args)])
     with pytest.raises(SystemExit) as end:
-        report.main()
+        report.main([*map(str, args)])
     return end.value.code
 
 
@@ -768,13 +749,13 @@ def test_command_line_and_exit_status(whole, tmp_path):
 
 
 @pytest.mark.parametrize("args, words", [
-    (["{}/nothing"], "holds no run"), (["--config", "9b"], "9b"), ([], "usage"),
+    (["{}/nothing"], "holds no run"), ([], "usage"),
     (["--check", "{}/nothing/report.md"], "holds no run"),
     (["--preregister", "{}/out/huge"], "huge"), (["--preregister", "{}/mini"], "no out/SCALE"),
     (["{}/bad"], "results.json")])
-def test_bad_input_gets_one_line(args, words, tmp_path, monkeypatch):
+def test_bad_input_gets_one_line(args, words, tmp_path):
     make(tmp_path / "bad")
     (tmp_path / "bad/results.json").write_text("{")
-    message = fail(monkeypatch, *(a.format(tmp_path) for a in args))
+    message = fail(*(a.format(tmp_path) for a in args))
     assert message.startswith("error: ") and "\n" not in message and words in message
     assert not list(tmp_path.glob("**/report.md"))
