@@ -43,7 +43,8 @@ def final(run, name):
     if name == "loss":
         return np.nan if run["val_loss"] is None else run["val_loss"]
     if name == "logit":
-        return max((x for row in run["rows"] if (x := study.largest_logit(row)) is not None), default=np.nan)
+        logits = [x for row in run["rows"] for x in study.layer_values(row, "max_logit") if x is not None]
+        return max(logits, default=np.nan)
     values = study.layer_values(run["rows"][-1], name) if run["status"] == "finished" else []
     return float(np.mean(np.array(values or [np.nan], float)))  # None becomes nan
 
@@ -56,7 +57,7 @@ def measure(cell, seeds, arms):
 
 
 def beside(S):
-    """(near, absent): near {arm: {loss, pr: values at half, once and twice the rate of its main run}} of the
+    """(near, absent): near {arm: {lr, loss, pr: values at half, once and twice the rate of its main run}} of the
     arms that have all three, and lines on what the stage `neighbours` lacks where it was begun."""
     near, absent = {}, []
     seed = S["neighbours"][0]["config"]["seed"] if S["neighbours"] else None
@@ -71,7 +72,7 @@ def beside(S):
             absent += [f"neighbours run {study.run_name('neighbours', arm, x, seed)}"
                        for x, run in runs.items() if not run]
             if all(runs.values()):
-                near[arm] = {m: [final(r, m) for r in runs.values()] for m in post.MEASURES}
+                near[arm] = dict(lr=[*runs], **{m: [final(r, m) for r in runs.values()] for m in post.MEASURES})
     return near, absent
 
 
@@ -328,6 +329,9 @@ def report(study_dir):
     write_text(S["dir"] / "report.html", html(old if edited else text, S["dir"]))
     for line in S["missing"] + S["absent"]:
         print(f"missing: {line}")
+    for arm in S["arms"]:
+        loss, pr = (post.over_seeds(S["y"], name, arm) for name in ("loss", "pr"))
+        print(f"{LABELS[arm]:<24} val loss {loss:<16} mean PR {pr}")
     print(f"verdict: {S['verdict'][0]}. {S['title']}")
     print(f"{path} has been edited and stays; the new draft is {draft.name} beside it" if edited else
           f"the post: {path}")

@@ -270,7 +270,40 @@ def tuning(S):
             f"with seed{'s' * (len(seeds) > 1)} {join(seeds) or 'not known'}. The lowest final val loss wins. "
             f"Several seeds give its mean, and a tie where a neighbour is less than two standard errors of the "
             f"difference higher. A winner at an edge gets points a factor of two further out, up to "
-            f"{MAX_EXTENSIONS} a side. Whether the choice holds at the main budget: figure 7 and section 8.")
+            f"{MAX_EXTENSIONS} a side.")
+
+
+def sweep_table(S):
+    def cells(a):
+        if a not in S["picks"]:
+            return ["missing"] * 6
+        p, tried = S["picks"][a], S["picks"][a]["tried"]
+        losses = [spread([np.inf if v is None else v for v in t["val_losses"]], 4) for t in tried]
+        at = [t["lr"] for t in tried].index(p["lr"])
+        tie = f"with {join((f'{lr:g}' for lr in p['tie']), ' and ')}" if p["tie"] else \
+            "no" if len(p["seeds"]) > 1 else "not known from one seed"
+        return [f"{p['lr']:g}", "yes" if p["bracketed"] else "**not bracketed**", losses[at],
+                *(losses[i] if 0 <= i < len(tried) else "none" for i in (at - 1, at + 1)), tie]
+
+    n = max((len(p["seeds"]) for p in S["picks"].values()), default=1)
+    return arms_table(S, ["Chosen LR", "Bracketed", "Val loss", "next LR below", "next LR above", "Tie"], cells,
+                      f"`chosen_lr.json`, {spread_words(n)}")
+
+
+def rates_table(S, m):
+    """Each arm at half, once and twice its rate for the whole main budget; '' where no arm has all three."""
+    what, _, digits = MEASURES[m]
+    words = ["**no**, half is better", "yes", "**no**, twice is better"]
+
+    def cells(a):
+        if a not in S["near"]:
+            return ["missing"] * 5
+        near = S["near"][a]
+        shown = ["diverged" if np.isinf(x) else f"{v:.{digits}f}" for v, x in zip(near[m], near["loss"])]
+        return [f"{near['lr'][1]:g}", *shown, words[int(np.argmin(near["loss"]))]]
+
+    head = ["Chosen LR", f"{what[0].upper()}{what[1:]} at half", "at the chosen LR", "at twice", "Choice holds"]
+    return arms_table(S, head, cells, "`neighbours/*/log.jsonl` and the main runs of the same seed") * bool(S["near"])
 
 
 # ---- sections 3 and 4
@@ -490,7 +523,9 @@ def build(S):
         f"Holm's steps and with p-values raised for few seeds; `post/stats.py` says how." +
         f" Contrasts, headline and verdict are about the 2x2; tables hold {others} too." * bool(others),
         "### LR tuning methodology", tuning(S),
-        figure(S, 6, "Final val loss by learning rate; the star is the chosen one"),
+        figure(S, 6, "Final val loss by learning rate; the star is the chosen one"), sweep_table(S),
+        "### Does the choice hold at the main budget?",
+        rates_table(S, "loss") or f"Not known: `bash sweep.sh {S['scale']} neighbours` was not run.",
 
         "## 3. Results: Loss",
         figure(S, 1, "Val loss over training"),
@@ -517,6 +552,7 @@ def build(S):
         "A PR effect may be a learning-rate effect. Figure 7 shows PR at the end of every sweep run, and at "
         "the main budget where the stage `neighbours` was run.",
         figure(S, 7, "Val loss and mean PR against learning rate, of the sweep and at the main budget"),
+        rates_table(S, "pr"),
 
         "## 5. The Relationship Between Loss and PR",
         figure(S, 3, "Val loss against mean PR at each token checkpoint"),
