@@ -355,26 +355,23 @@ def definitions(S):
                   f"definition'.")
 
 
-def frozen_gains(S):
-    """Frozen against learned gains of QK-Norm under each optimizer; '' where a study has not both."""
-    y, normed = S["y"], {a: c for a, c in S["configs"].items() if c["qk_norm"]}
-    pairs = [(a, b) for a in FACTORIAL for b in normed if a in normed and normed[a]["qk_gain"]
-             and not normed[b]["qk_gain"] and normed[a]["optimizer"] == normed[b]["optimizer"]]
+def one_step_apart(S):
+    """Every pair of arms that differ in the optimizer alone, or in QK-Norm alone: none, frozen gains, learned."""
+    y = S["y"]
+    of = {a: (c["optimizer"], c["qk_norm"] and ("learned" if c["qk_gain"] else "frozen"))
+          for a, c in S["configs"].items()}
+    pairs = [(a, b) for a, b in itertools.combinations(S["arms"], 2)
+             if of[a] != of[b] and (of[a][0] == of[b][0] or of[a][1] == of[b][1])]
 
     def cell(name, a, b):
         if len(S["seeds"]) < 2 or not np.isfinite([y[name][a], y[name][b]]).all():
             return "missing"
         return effect(stats.pair(y[name], a, b), 4 if name == "loss" else 2)
 
-    return paragraphs(
-        "### Frozen against learned gains",
-        "Is what QK-Norm does to the keys done by its gains? Here they stay at one, against gains that "
-        "learn, under the same optimizer, each arm at its own learning rate.",
-        table(["Difference", "Val loss", *PR_DEFINITIONS],
-              [[f"{LABELS[b]} minus {LABELS[a]}", *(cell(name, a, b) for name in ("loss", *PR_DEFINITIONS))]
-               for a, b in pairs],
-              f"{MAIN_LOGS}; 95 % intervals, each alone and not corrected: no verdict hangs on them")
-    ) if pairs else ""
+    return table(["Difference", "Val loss", *PR_DEFINITIONS],
+                 [[f"{LABELS[b]} minus {LABELS[a]}", *(cell(name, a, b) for name in ("loss", *PR_DEFINITIONS))]
+                  for a, b in pairs],
+                 f"{MAIN_LOGS}; 95 % intervals, each alone and not corrected: no verdict hangs on them")
 
 
 # ---- sections 5 and 6
@@ -469,7 +466,8 @@ def limitations(S):
     ties = named(a for a in picks if picks[a]["tie"])
     off = named(a for a in near if min(near[a]["loss"]) < near[a]["loss"][1])
     events = [x for r in S["runs"] for x in r["events"]]
-    restarts, flags = sum(x["event"] == "restart" for x in events), sum(bool(x.get("flags")) for x in events)
+    restarts, spots = (sum(x["event"] == kind for x in events) for kind in ("restart", "spot_check"))
+    flags = sum(bool(x.get("flags")) for x in events)
     return bullets(filter(None, [
         f"{count(c['num_params'])} params, a single architecture (LLaMA-style, {c['n_layer']} layers of "
         f"width {c['n_embd']}), one data set, one tokenizer.",
@@ -491,8 +489,8 @@ def limitations(S):
                      "effect is one of the learning rate is not known.",
         restarts and f"{plural(restarts, 'restart')} after a loss that was not finite. The batch at fault "
                      f"was left out, so these runs saw other data than the other arms of their seed.",
-        flags and f"{plural(flags, 'spot check')} during training (step 6) found something: the events with "
-                  "flags in `*-seed*/log.jsonl`."]))
+        f"{plural(spots, 'spot check')} during training (step 6), {flags} with flags; all are events in "
+        "`*-seed*/log.jsonl`."]))
 
 
 # ---- the post
@@ -544,7 +542,10 @@ def build(S):
         f"PR1 is (sum s)^2 / sum s^2 and PR2 is (sum s^2)^2 / sum s^4, of the singular values s of one "
         f"head's keys, out of {top}. 'Mean PR' is `pr` below, over heads and layers.",
         "### PR trajectories", figure(S, 2, "Mean PR over training"), contrast_table(S, "pr"),
-        "### Definitions side by side", definitions(S), frozen_gains(S),
+        "### Definitions side by side", definitions(S),
+        "### Arms that differ in one thing",
+        "QK-Norm's effect under each optimizer and Muon's with and without QK-Norm, each arm at its own learning rate.",
+        one_step_apart(S),
         "### Per-layer breakdown", figure(S, 4, "PR of each layer at the end of training"),
         "### Singular value spectra",
         figure(S, 5, "Singular values of the keys, sorted, in an early, a middle and a late layer"),
