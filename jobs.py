@@ -294,6 +294,8 @@ def main(args):
     if scale and scale not in SCALES:
         fail(f"scale {scale!r} is not known: choose one of {', '.join(SCALES)}")
     study_dir = ROOT / "out" / scale
+    if command != "run":
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... --list | head` ends quietly
     try:
         if scale:  # what no command can do without
             study.sweep_seeds(scale), scale_config(scale)
@@ -312,7 +314,6 @@ def main(args):
             case ["data"]:
                 prepare(scale)
             case ["list", *stages] if len(stages) < 2 and {*stages} <= STAGES.keys():
-                signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `... --list | head` ends quietly
                 for stage in stages or ("lr", "main"):
                     for _, arguments in stage_runs(scale, stage, study_dir):
                         print(shlex.join([Path(sys.executable).name, "train.py", *arguments]))

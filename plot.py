@@ -18,9 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from configurator import fail, find
+from configurator import fail, find, whole_file
 from study import KINDS, LABELS, chosen, head_dim, layer_values, load_run, load_runs
-from system import errors_in_one_line, write_whole
+from system import errors_in_one_line
 
 # Okabe-Ito: one hue an optimizer, lighter and dashed for QK-Norm, darker and dotted for frozen gains; markers
 # for grey print
@@ -407,7 +407,8 @@ def save(fig, folder, name):
         path = folder / f"{name}.{kind}"
         with errors_in_one_line(f"{path} cannot be written", "make room, or the folder writable"):
             folder.mkdir(exist_ok=True)
-            write_whole(path, lambda f: fig.savefig(f, format=kind, dpi=150, metadata=metadata))
+            with whole_file(path) as f:
+                fig.savefig(f, format=kind, dpi=150, metadata=metadata)
 
 
 def main(args):

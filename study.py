@@ -284,15 +284,6 @@ def open_run(out_dir, config, meta, device):
     return lock
 
 
-def missing_spectra(run_dir, n_layer):
-    """Names of spectra that the log speaks of and the folder lacks."""
-    rows, events = read_log(run_dir)
-    steps = [0] * bool(rows) + [e["step"] for e in events if e["event"] == "spot_check"]
-    names = (f"{kind}_layer_{i}_step_{step}.npy" for step in steps for i in range(n_layer)
-             for kind in ("sv", "sv_weight"))
-    return [name for name in names if not (Path(run_dir) / name).exists()]
-
-
 LOGIT_FLAG = 100  # the threshold tau of QK-Clip in Kimi K2 (arXiv:2507.20534)
 
 

@@ -194,14 +194,9 @@ def newest_checkpoint(folder, say):
     return torch.load(path, map_location="cpu", weights_only=True) if path else {}, path
 
 
-def write_whole(path, write):
-    """Call write(file) on a whole_file(): path is whole or as it was before. OSError where that fails."""
-    with whole_file(path) as f:
-        write(f)
-
-
 def write_text(path, text):
-    write_whole(path, lambda f: f.write(text.encode()))
+    with whole_file(path) as f:
+        f.write(text.encode())
 
 
 def lock(folder):

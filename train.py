@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import study
 import system
-from configurator import ROOT, configure, fail, find
+from configurator import ROOT, configure, fail, find, whole_file
 from model import GPT, gpt_config
 from muon import Muon
 from probe import probe
@@ -273,7 +273,8 @@ def save(path):
         state = dict(model=model.state_dict(), optimizers=[o.state_dict() for o in optimizers], step=step,
                      tokens=step * batch_tokens, skip=skip, log_bytes=log_path.stat().st_size,
                      config=dict(config, data=meta), id=os.urandom(8).hex())
-        system.write_whole(path, lambda f: torch.save(state, f))
+        with whole_file(path) as f:
+            torch.save(state, f)
 
 
 def restore():
@@ -323,8 +324,6 @@ with system.errors_in_one_line(f"cannot write into {out_dir}", "mend that and ru
     looked = step if resumed else -1  # the last step with a row in the log
     if resumed:
         say(f"going on from step {step} of {max_steps}")
-        if missing := study.missing_spectra(out_dir, n_layer):
-            say(f"warning: {len(missing)} spectra are missing, {missing[0]} the first: the figures go without them")
     bar = tqdm(total=max_steps, initial=step, unit="step", disable=not (master and sys.stderr.isatty()), leave=False)
     bad = torch.full((), -1, device=device)  # first step whose loss or gradient was not finite or exploded
     train_loss = grad_norm = None
@@ -381,7 +380,8 @@ with system.errors_in_one_line(f"cannot write into {out_dir}", "mend that and ru
             looked = step
             if step in {0, max_steps, *token_steps} or sv_interval and step % sv_interval == 0:
                 for name, s in spectra.items():
-                    system.write_whole(out_dir / f"{name}_step_{step}.npy", lambda f: np.save(f, s))
+                    with whole_file(out_dir / f"{name}_step_{step}.npy") as f:
+                        np.save(f, s)
             if step in token_steps and master:
                 spot = study.spot_check(out_dir, row)
                 log(spot)

@@ -270,14 +270,12 @@ def test_truncated_checkpoint_falls_back_to_the_one_before(tmp_path, data, alone
     assert_same_run(alone, out)
 
 
-def test_half_a_last_line_and_a_deleted_spectrum(tmp_path, data, alone):  # noqa: F811
+def test_half_a_last_line(tmp_path, data, alone):  # noqa: F811
     out = tmp_path / "r"
     stopped_run(out, data)
     with open(out / "log.jsonl", "a") as f:
         f.write('{"step": 59, "val')
-    (out / "sv_layer_0_step_0.npy").unlink()
-    stdout = train(out, data, "--max_tokens=3840", "--log_interval=7")
-    assert "1 spectra are missing, sv_layer_0_step_0.npy" in stdout
+    train(out, data, "--max_tokens=3840", "--log_interval=7")
     assert log_of(out) == log_of(alone)
 
 
