@@ -2,9 +2,12 @@
 import collections
 import fcntl
 import functools
+import importlib
 import json
 import math
+import multiprocessing
 import os
+import runpy
 import shlex
 import shutil
 import signal
@@ -149,6 +152,51 @@ def job_env(slot, jobs):
 
 
 # ---- running them
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def train(arguments, output, env):
+    """`python train.py ARGUMENTS`, in a process that run() has forked. On a CPU it goes on from there, where torch and
+    its compiler are imported already: half of the start of a run. With a GPU it starts anew, as CUDA forbids forks."""
+    os.setsid()  # Ctrl-C comes through run()
+    for caught in SIGNALS:
+        if signal.getsignal(caught) != signal.SIG_IGN:  # as under nohup
+            signal.signal(caught, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    with open(output, "a", encoding="utf-8") as f:
+        os.dup2(f.fileno(), 1)
+        os.dup2(f.fileno(), 2)
+    os.chdir(ROOT)
+    os.environ.update(env)
+    sys.argv = [str(ROOT / "train.py"), *arguments]
+    if not forks():
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+    # files edited since are read anew, as their copy in source/ says; and tqdm, whose lock a killed run could keep
+    for name, module in [*sys.modules.items()]:
+        ours = name != "__main__" and Path(getattr(module, "__file__", None) or "/").parent == ROOT
+        if ours or name.partition(".")[0] == "tqdm":
+            del sys.modules[name]
+    torch.set_num_threads(int(env["OMP_NUM_THREADS"].split(",")[0]))
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def forks():
+    """Whether runs may share what is imported here."""
+    return sys.platform == "linux" and not devices()[0]
+
+
+def start(arguments, output, env):
+    """train() in a child process."""
+    if forks():  # the compiler reads its number of threads when it is imported
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", env["TORCHINDUCTOR_COMPILE_THREADS"])
+        importlib.import_module("torch._inductor.compile_fx")
+    child = multiprocessing.get_context("fork").Process(target=train, args=(arguments, output, env))
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the child has its own handlers
+    child.start()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    return child
+
+
 def show(bars, scale, study_dir, jobs):
     """On a terminal a line for the study and one for each run at work; elsewhere the first of them."""
     entries = survey(scale, study_dir)
@@ -172,7 +220,7 @@ def run(scale, stage, study_dir, jobs, only=None):
     running, failed, stop, passed_on, shown = {}, [], [], 0, time.time()
     bars = [tqdm(bar_format="{desc}", position=i, leave=False, file=sys.stdout, dynamic_ncols=True)
             for i in range(1 + jobs)] if sys.stdout.isatty() else []
-    for caught in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for caught in SIGNALS:
         if signal.getsignal(caught) != signal.SIG_IGN:  # as under nohup
             signal.signal(caught, lambda caught, frame: stop.append(caught))
     try:
@@ -182,14 +230,10 @@ def run(scale, stage, study_dir, jobs, only=None):
             due = [run for run in due if run[0] not in busy and only in (None, run[0])]
             for slot, (folder, arguments) in zip([i for i in range(jobs) if i not in running], due):
                 folder.mkdir(parents=True, exist_ok=True)
-                with open(folder / "output.txt", "a", encoding="utf-8") as output:
-                    child = subprocess.Popen(  # in a session of its own: Ctrl-C comes through us
-                        [sys.executable, str(ROOT / "train.py"), *arguments], stdout=output, stderr=output,
-                        env=job_env(slot, jobs), cwd=ROOT, start_new_session=True)
-                running[slot] = child, folder
+                running[slot] = start(arguments, folder / "output.txt", job_env(slot, jobs)), folder
             if not running:
                 break
-            while all(child.poll() is None for child, _ in running.values()):
+            while all(child.is_alive() for child, _ in running.values()):
                 time.sleep(0.1)
                 if len(stop) > passed_on:
                     passed_on = len(stop)
@@ -199,11 +243,11 @@ def run(scale, stage, study_dir, jobs, only=None):
                     shown = time.time()
                     show(bars, scale, study_dir, jobs)
             for slot, (child, folder) in list(running.items()):
-                if child.poll() is not None:
+                if not child.is_alive():
                     del running[slot]
-                    if child.returncode:
+                    if child.exitcode:
                         failed.append(folder)
-                        said = f"exit status {child.returncode}: {last_words(folder)}"
+                        said = f"exit status {child.exitcode}: {last_words(folder)}"
                     else:
                         ended = load_run(folder)
                         said = f"{ended['status']}, val loss {number(ended['val_loss'])}"

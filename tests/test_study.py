@@ -338,6 +338,7 @@ def test_the_default_scale_follows_the_device(cuda, capsys):
 def test_plan_is_five_lines_and_trains_nothing(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(jobs, "devices", lambda: ([], "none is counted here"))  # which a CUDA build does in a child
     monkeypatch.setattr(subprocess, "Popen", None)
+    monkeypatch.setattr(jobs, "start", None)
     jobs.plan("80m", tmp_path)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5 and lines[0].startswith("scale 80m: 79.12M parameters")
@@ -524,6 +525,51 @@ def test_a_scale_is_two_files(tmp_path):
     assert run["config"]["qk_gain"] is False
     assert run["config"]["learning_rate"] == study.chosen(out)["muon_qk_frozen"]["lr"]
     assert "left to do: 0.0M training tokens" in command(copy, "plan", "small", **env)
+
+
+def test_a_forked_run_is_the_run_of_its_command(tmp_path):
+    """To the digit, and of the files as they are when it starts."""
+    copy, env = project(tmp_path / "project", "small"), dict(ARMS="muon_qk", OMP_NUM_THREADS="1")
+    line = shlex.split(command(copy, "list", "small", "lr", **env).splitlines()[0])
+    subprocess.run([sys.executable, *line[1:], "--out_dir=by_hand"], cwd=copy, check=True, env=ENV | env)
+    command(copy, "run", "small", "lr", "0", **env)
+    rows, again = (study.load_run(d)["rows"] for d in (copy / "by_hand", copy / "out/small/sweep/muon_qk-lr0.001"))
+    assert len(rows) == 2 and [r | dict(tokens_per_s=0) for r in rows] == [r | dict(tokens_per_s=0) for r in again]
+
+    unset = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    done = subprocess.run([sys.executable, "-c", f"""
+import jobs, pathlib
+path = pathlib.Path("model.py")
+path.write_text(path.read_text().replace("NORM_EPS = 1e-6", "NORM_EPS = 1e-1"))
+child = jobs.start({line[2:]} + ["--out_dir=edited"], "output.txt", jobs.job_env(0, jobs.system.cores()))
+child.join()
+assert child.exitcode == 0"""], cwd=copy, env=unset, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "1e-1" in (copy / "edited/source/model.py").read_text()
+    assert study.read_json(copy / "edited/source/versions.json")["threads"] == 1
+    assert study.load_run(copy / "edited")["rows"][0]["val_loss"] != rows[0]["val_loss"]
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_run_is_forked_on_a_cpu_and_starts_anew_with_a_gpu(tmp_path, gpu):
+    copy = project(tmp_path / "project", "small")
+    (copy / "train.py").write_text("""import os, sys, signal
+print(open("/proc/self/cmdline").read().split("\\0")[1:], os.getsid(0) == os.getpid(), os.getcwd(), sys.argv[1:],
+      os.environ["SLOT"], "torch._inductor" in sys.modules, signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)
+sys.exit("the end")""")
+    code = f"""import jobs, signal
+signal.signal(signal.SIGTERM, lambda *_: None)
+jobs.devices = lambda: ([({{}}, "a GPU")] * {gpu}, "")
+child = jobs.start(["--key=1"], "output.txt", jobs.job_env(0, 1) | dict(SLOT="3"))
+child.join()
+print(child.exitcode)"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=copy, env=ENV, capture_output=True, text=True)
+    assert done.stdout == "1\n", done.stderr
+    said, end = (copy / "output.txt").read_text().splitlines()
+    path = str(copy / "train.py")
+    begun = [path, "--key=1"] if gpu else ["-c", code]
+    assert end == "the end" and said.startswith(str(begun + [""])) if gpu else repr(code)[:40] in said
+    assert said.endswith(f" True {copy} ['--key=1'] 3 {not gpu} True")
 
 
 def test_data_of_ones_own_that_are_not_whole(tmp_path):
