@@ -52,6 +52,7 @@ def install():
         types.SimpleNamespace(name=NAME, total_memory=MEMORY, major=9, minor=0))
     torch.cuda.reset_peak_memory_stats = of(None)
     torch.cuda.is_current_stream_capturing = lambda: False
+    torch.accelerator.current_stream = lambda device=None: types.SimpleNamespace(is_capturing=lambda: False)
     torch.cuda.mem_get_info, torch.cuda.max_memory_allocated = of((MEMORY, MEMORY)), of(2**30)
     torch.cuda.is_bf16_supported = lambda including_emulation=True: True
     torch._C._cuda_setDevice = lambda index: None  # torch.cuda.set_device keeps its own check of its argument
