@@ -2,6 +2,7 @@
 import contextlib
 import ctypes
 import fcntl
+import functools
 import json
 import os
 import re
@@ -72,11 +73,16 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+@functools.cache
+def cpuinfo():
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
+
+
 def device_name(device):
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    model = re.search(r"^model name\s*: (.+)", cpuinfo.read_text() if cpuinfo.exists() else "", re.M)
+    model = re.search(r"^model name\s*: (.+)", cpuinfo(), re.M)
     return f"CPU {model[1]}" if model else "CPU"
 
 
@@ -90,8 +96,7 @@ def has_bfloat16(device):
     bfloat16 than in float32. CPUs that are not x86 count as without: none was measured."""
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities()
-    return capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
+    return bool(re.search(r"^flags\s*:.*\b(avx512_bf16|amx_bf16)\b", cpuinfo(), re.M))
 
 
 KEPT_BLOCK = 2**25  # bytes: the most that glibc's malloc can be told to keep

@@ -74,16 +74,21 @@ def test_the_step_reads_nothing_from_the_device():
 
 
 # ---- devices
-@pytest.mark.parametrize("capabilities, has", [
-    (dict(architecture="x86_64", avx2=True, avx512_f=False, avx512_bf16=False, amx_bf16=False), False),
-    (dict(architecture="x86_64", avx2=True, avx512_f=True, avx512_bf16=False,
-          amx_bf16=False), False),  # emulated there
-    (dict(architecture="x86_64", avx512_f=True, avx512_bf16=True, amx_bf16=False), True),
-    (dict(architecture="x86_64", avx512_f=True, avx512_bf16=True, amx_bf16=True), True),
-    (dict(architecture="arm64", bf16=True), False)])
-def test_bfloat16_where_the_cpu_has_it(monkeypatch, capabilities, has):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+@pytest.mark.parametrize("line, has", [
+    ("flags\t\t: fpu avx avx2", False),
+    ("flags\t\t: fpu avx avx2 avx512f avx512bw", False),  # emulated there
+    ("flags\t\t: fpu avx512f avx512_bf16 clzero", True),
+    ("flags\t\t: fpu avx512f amx_bf16 avx512_fp16 amx_tile amx_int8", True),
+    ("Features\t: fp asimd i8mm bf16", False), ("", False)])
+def test_bfloat16_where_the_cpu_has_it(monkeypatch, line, has):
+    monkeypatch.setattr(system, "cpuinfo", lambda: f"processor\t: 0\nmodel name\t: X\n{line}\nbugs\t:\n")
     assert system.has_bfloat16("cpu") is has
+
+
+@pytest.mark.skipif(not hasattr(torch.cpu, "get_capabilities"), reason="torch 2.11 or later")
+def test_bfloat16_is_what_torch_says_of_this_cpu():
+    said = torch.cpu.get_capabilities()
+    assert system.has_bfloat16("cpu") == bool(said.get("avx512_bf16") or said.get("amx_bf16"))
 
 
 # ---- the real 80m shape
