@@ -339,6 +339,7 @@ def test_plan_is_five_lines_and_trains_nothing(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(jobs, "devices", lambda: ([], "none is counted here"))  # which a CUDA build does in a child
     monkeypatch.setattr(subprocess, "Popen", None)
     monkeypatch.setattr(jobs, "start", None)
+    monkeypatch.setattr(shutil, "disk_usage", lambda p: type("usage", (), dict(free=10**12)))  # it needs 50 GB
     jobs.plan("80m", tmp_path)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5 and lines[0].startswith("scale 80m: 79.12M parameters")
