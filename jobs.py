@@ -167,7 +167,8 @@ def train(arguments, output, env):
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
     os.chdir(ROOT)
-    os.environ.update(env)
+    os.environ.update(env, PYTHONUNBUFFERED="1")  # what is printed last comes last, such as why a run stopped
+    sys.stdout.reconfigure(line_buffering=True)
     sys.argv = [str(ROOT / "train.py"), *arguments]
     if not forks():
         os.execv(sys.executable, [sys.executable, *sys.argv])

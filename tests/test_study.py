@@ -567,9 +567,8 @@ print(child.exitcode)"""
     done = subprocess.run([sys.executable, "-c", code], cwd=copy, env=ENV, capture_output=True, text=True)
     assert done.stdout == "1\n", done.stderr
     said, end = (copy / "output.txt").read_text().splitlines()
-    path = str(copy / "train.py")
-    begun = [path, "--key=1"] if gpu else ["-c", code]
-    assert end == "the end" and said.startswith(str(begun + [""])) if gpu else repr(code)[:40] in said
+    begun = [str(copy / "train.py"), "--key=1", ""] if gpu else ["-c", code, ""]
+    assert end == "the end" and said.startswith(str(begun))
     assert said.endswith(f" True {copy} ['--key=1'] 3 {not gpu} True")
 
 
