@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,9 @@ from model import GPT, GPTConfig, RMSNorm, causal_blocks
 from muon import Muon, orthogonalize
 from probe import attention_stats, gram, pr1, pr2, probe, singular_values
 
+for ignored in (signal.SIGHUP, signal.SIGINT):  # where pytest runs under nohup; the runs that it starts would too
+    if signal.getsignal(ignored) == signal.SIG_IGN:
+        signal.signal(ignored, signal.SIG_DFL)
 ROOT = Path(__file__).resolve().parent
 ENV = dict(os.environ, OMP_NUM_THREADS="1")
 TINY = ["--n_layer=2", "--n_head=2", "--n_embd=32", "--ffn_dim=48", "--block_size=16", "--vocab_size=256",
