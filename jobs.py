@@ -163,9 +163,9 @@ def train(arguments, output, env):
         if signal.getsignal(caught) != signal.SIG_IGN:  # as under nohup
             signal.signal(caught, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    with open(output, "a", encoding="utf-8") as f:
-        os.dup2(f.fileno(), 1)
-        os.dup2(f.fileno(), 2)
+    with open(os.devnull) as nothing, open(output, "a") as f:
+        for fd, file in enumerate((nothing, f, f)):
+            os.dup2(file.fileno(), fd)
     os.chdir(ROOT)
     os.environ.update(env, PYTHONUNBUFFERED="1")  # what is printed last comes last, such as why a run stopped
     sys.stdout.reconfigure(line_buffering=True)

@@ -556,7 +556,8 @@ def test_a_run_is_forked_on_a_cpu_and_starts_anew_with_a_gpu(tmp_path, gpu):
     copy = project(tmp_path / "project", "small")
     (copy / "train.py").write_text("""import os, sys, signal
 print(open("/proc/self/cmdline").read().split("\\0")[1:], os.getsid(0) == os.getpid(), os.getcwd(), sys.argv[1:],
-      os.environ["SLOT"], "torch._inductor" in sys.modules, signal.getsignal(signal.SIGTERM) == signal.SIG_DFL)
+      os.environ["SLOT"], "torch._inductor" in sys.modules, signal.getsignal(signal.SIGTERM) == signal.SIG_DFL,
+      os.readlink("/proc/self/fd/0"))
 sys.exit("the end")""")
     code = f"""import jobs, signal
 signal.signal(signal.SIGTERM, lambda *_: None)
@@ -564,12 +565,12 @@ jobs.devices = lambda: ([({{}}, "a GPU")] * {gpu}, "")
 child = jobs.start(["--key=1"], "output.txt", jobs.job_env(0, 1) | dict(SLOT="3"))
 child.join()
 print(child.exitcode)"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=copy, env=ENV, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=copy, env=ENV, capture_output=True, text=True, input="x")
     assert done.stdout == "1\n", done.stderr
     said, end = (copy / "output.txt").read_text().splitlines()
     begun = [str(copy / "train.py"), "--key=1", ""] if gpu else ["-c", code, ""]
     assert end == "the end" and said.startswith(str(begun))
-    assert said.endswith(f" True {copy} ['--key=1'] 3 {not gpu} True")
+    assert said.endswith(f" True {copy} ['--key=1'] 3 {not gpu} True /dev/null")
 
 
 def test_data_of_ones_own_that_are_not_whole(tmp_path):
